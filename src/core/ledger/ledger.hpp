@@ -1,0 +1,163 @@
+// The ledger: one small shared file per device in which every tenant's floor, limit, leases and demand stand.
+//
+// All processes on the device map the same file and change it under one robust process-shared mutex. Nothing derived
+// is stored (sums are computed from the tenants' rows when needed), every field is one aligned 64-bit word written
+// atomically, so a process may die between any two instructions and the table still means something. A tenant is
+// alive exactly while some process holds an open-file-description lock on one of its bytes in the "alive" file:
+// the kernel drops that lock when the process dies, however it dies. See docs/design.md.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/status.hpp"
+
+namespace elastickv {
+
+inline constexpr std::uint64_t kNoLimit = ~std::uint64_t{0};
+inline constexpr int kMaxTenants = 64;   // rows of the table
+inline constexpr int kMaxMembers = 64;   // processes of one tenant (scheduler, ranks)
+
+// What a pool reports of itself; bytes. Written by the tenant alone, read by everybody (relaxed atomics).
+struct Usage {
+    std::uint64_t virtual_bytes = 0;
+    std::uint64_t used = 0;         // pages with at least one block in use
+    std::uint64_t cached = 0;       // pages with cached blocks and none in use: may be given back by evicting
+    std::uint64_t mapped_free = 0;  // mapped pages with nothing on them: may be given back at once
+    std::uint64_t transit = 0;      // leased, being mapped or unmapped
+};
+
+struct Counters {
+    std::uint64_t misses = 0;        // leases refused
+    std::uint64_t evicted = 0;       // cached blocks dropped
+    std::uint64_t asked = 0;         // give-backs asked of this tenant
+    std::uint64_t answered = 0;      // give-backs it answered
+    std::uint64_t late = 0;          // asks whose deadline passed first
+};
+
+struct TenantOptions {
+    std::string name;                    // [A-Za-z0-9._-]{1,63}
+    std::uint64_t floor = 0;             // bytes
+    std::uint64_t limit = kNoLimit;      // bytes; used only if `set_limit`
+    bool set_limit = false;              // false: keep the limit the name has on the ledger from before
+    std::uint32_t weight = 1;            // 1..1000
+    std::int32_t priority = 0;           // higher keeps its cache longer
+    std::string engine;                  // free text, e.g. "vllm 0.32.0"
+    std::string layout;                  // free text, e.g. "layer-outermost 30 spans"
+    std::uint64_t page_bytes = 0;        // informative
+};
+
+struct TenantView {
+    int slot = -1;
+    std::string name, engine, layout;
+    bool alive = false;
+    std::uint64_t incarnation = 0;       // changes with every join
+    std::int64_t pid = 0;                // of the process that joined; informative only
+    std::uint64_t since_unix_ns = 0;
+    std::uint64_t floor = 0, leased = 0, static_bytes = 0, mapped = 0;
+    std::uint64_t limit_wanted = kNoLimit, limit_wanted_rev = 0, limit_held = kNoLimit, limit_held_rev = 0;
+    std::uint32_t weight = 1;
+    std::int32_t priority = 0;
+    std::uint64_t demand = 0;            // bytes wanted and refused, still waiting (0 when expired)
+    std::uint64_t demand_ticket = 0;     // order of arrival
+    std::uint64_t demand_age_ns = 0;
+    std::uint64_t page_bytes = 0;
+    Usage usage;
+    Counters counters;
+};
+
+struct LedgerView {
+    std::string device;
+    std::uint64_t capacity = 0;          // bytes
+    std::uint64_t unmanaged = 0;         // bytes held by processes that are no tenants
+    std::uint64_t revision = 0;
+    std::vector<TenantView> tenants;     // rows in use: the living, and names whose limit is kept
+};
+
+// What a tenant should give back now, by the policy (policy.hpp); bytes, rounded up by the giver to its pages.
+struct Ask {
+    std::uint64_t mapped_free = 0;
+    std::uint64_t cached = 0;
+    std::uint64_t over_limit = 0;        // leased above the limit: must shrink, running requests excepted
+};
+
+struct LedgerOptions {
+    std::string directory;               // private: 0700, ours, no symlink; created if absent
+    std::string device;                  // "host" or a GPU UUID
+    std::uint64_t capacity = 0;          // bytes; 0: adopt what the file says (not_found if there is no file)
+    std::uint64_t deadline_ms = 2000;    // for the lock
+};
+
+class Tenant;
+
+class Ledger : public std::enable_shared_from_this<Ledger> {
+  public:
+    // Opens or creates. denied: directory/file owner, mode or symlink. corrupt: magic, version, checksum of the
+    // header, size. exists: a live tenant holds the device at another capacity. Texts name path, value and remedy.
+    static Result<std::shared_ptr<Ledger>> open(const LedgerOptions &options);
+    virtual ~Ledger() = default;
+
+    // Registers a tenant and this process as its first member. exists: a live tenant has the name, or the table is
+    // full. invalid: name, floor > limit, floor > capacity left after the floors of the others.
+    virtual Result<std::unique_ptr<Tenant>> join(const TenantOptions &options) = 0;
+    // Another process of a tenant (a rank) joins as member; keeps the tenant alive while it lives.
+    virtual Result<std::unique_ptr<Tenant>> attach(int slot, std::uint64_t incarnation) = 0;
+
+    virtual Result<LedgerView> view() = 0;  // reaps the dead first
+    virtual std::string path() const = 0;
+
+    // Orders a limit; returns its revision. Works for dead named tenants too (kept for the restart).
+    // invalid: under the floor; not_found: no such name (text lists the names there are).
+    virtual Result<std::uint64_t> order_limit(const std::string &name, std::uint64_t bytes) = 0;
+    // Waits until the tenant acknowledged `revision`; timeout / not_found (died) otherwise.
+    virtual Status wait_limit(const std::string &name, std::uint64_t revision, std::uint64_t timeout_ms) = 0;
+    // Drops the row of a name that is not alive. exists: alive.
+    virtual Status forget(const std::string &name) = 0;
+    virtual Status set_unmanaged(std::uint64_t bytes) = 0;
+};
+
+// A process's hold on one row. Thread-safe. Destruction leaves: the last member's departure frees the row's leases.
+class Tenant {
+  public:
+    virtual ~Tenant() = default;
+    virtual int slot() const noexcept = 0;
+    virtual std::uint64_t incarnation() const noexcept = 0;
+    virtual const std::shared_ptr<Ledger> &ledger() const noexcept = 0;
+
+    // Takes `bytes` more, all or nothing. `ring`: when refused, record the demand and ring the neighbours' bells;
+    // otherwise leave no trace. unavailable / limit when refused.
+    virtual Status lease(std::uint64_t bytes, bool ring) = 0;
+    // The same for what is not KV (weights, graphs): counted in static_bytes.
+    virtual Status lease_static(std::uint64_t bytes, bool ring) = 0;
+    virtual void give(std::uint64_t bytes) noexcept = 0;
+    virtual void give_static(std::uint64_t bytes) noexcept = 0;
+    virtual void withdraw_demand() noexcept = 0;   // no longer waiting
+    // Waits until somebody gave bytes back (or died) since `seen`, or the timeout; returns the new word.
+    virtual std::uint32_t freed_word() const noexcept = 0;
+    virtual std::uint32_t wait_freed(std::uint32_t seen, std::uint64_t timeout_us) noexcept = 0;
+
+    // The bell: rung when a neighbour is refused or a limit is ordered. Waits as wait_freed does.
+    virtual std::uint32_t bell_word() const noexcept = 0;
+    virtual std::uint32_t wait_bell(std::uint32_t seen, std::uint64_t timeout_us) noexcept = 0;
+    // Wakes waiters of this tenant's bell in this process (to stop a thread).
+    virtual void ring_self() noexcept = 0;
+
+    virtual Ask ask() = 0;                         // computed now, from the table, by the policy
+    virtual bool pressed() noexcept = 0;           // cheap hint (no lock): is any neighbour's demand waiting, or a limit order open?
+    virtual void answered() noexcept = 0;          // this tenant has done what ask() said as far as it can
+
+    struct Limit { std::uint64_t bytes = kNoLimit, revision = 0; };
+    virtual Limit limit_wanted() const noexcept = 0;
+    virtual Limit limit_held() const noexcept = 0;
+    virtual void acknowledge_limit(const Limit &limit) noexcept = 0;
+
+    virtual std::uint64_t leased() const noexcept = 0;
+    virtual std::uint64_t floor() const noexcept = 0;
+    virtual std::uint64_t headroom() = 0;          // bytes lease() would grant now
+    virtual void publish(const Usage &usage, const Counters &counters) noexcept = 0;  // counters: misses/evicted
+    virtual void add_mapped(std::int64_t bytes) noexcept = 0;   // by mappers
+};
+
+}  // namespace elastickv
