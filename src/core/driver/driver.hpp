@@ -21,6 +21,17 @@ struct MemoryInfo {
     std::uint64_t total_bytes = 0;
 };
 
+// What a driver holds now. All zero once everything has been given back.
+struct DriverStats {
+    std::uint64_t reservations = 0;
+    std::uint64_t reserved_bytes = 0;
+    std::uint64_t physicals = 0;  // create() calls not yet released
+    std::uint64_t created_bytes = 0;
+    std::uint64_t mappings = 0;
+    std::uint64_t mapped_bytes = 0;
+    bool operator==(const DriverStats &) const = default;
+};
+
 // A point in a stream of device work. done() is true once everything enqueued before it has completed.
 class Fence {
   public:
@@ -40,17 +51,20 @@ class Driver {
     virtual Result<Address> reserve(std::uint64_t bytes) noexcept = 0;
     virtual Status free_address(Address address, std::uint64_t bytes) noexcept = 0;
 
-    // Memory only: no address. Reads as zero once mapped. out_of_memory when the device has none.
+    // Memory only: no address. Reads as zero once mapped. out_of_memory when the device has none. release() of
+    // memory that is mapped is invalid. One id may be mapped at several addresses.
     virtual Result<PhysicalId> create(std::uint64_t bytes) noexcept = 0;
     virtual Status release(PhysicalId id) noexcept = 0;
 
     // Puts the whole of `id` behind [address, address+bytes); no access yet. The range must be reserved and unmapped.
     virtual Status map(Address address, std::uint64_t bytes, PhysicalId id) noexcept = 0;
+    // Read and write access to a range that is tiled by whole mappings.
     virtual Status set_access(Address address, std::uint64_t bytes) noexcept = 0;
     // Takes a range that one map() call made away again; afterwards an access faults. Does not free the memory.
     virtual Status unmap(Address address, std::uint64_t bytes) noexcept = 0;
 
     virtual Result<MemoryInfo> memory_info() noexcept = 0;
+    virtual DriverStats stats() const noexcept { return {}; }
 
     // Called once by each thread before its first other call (binds the CUDA context; nothing on the host).
     virtual Status bind_thread() noexcept { return {}; }
