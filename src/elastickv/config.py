@@ -1,0 +1,374 @@
+"""Every setting of elastickv, and the only place that reads the process environment.
+
+Each setting is one row of VARIABLES. Where several places give a value, the command line beats the environment, the
+environment beats the file named by ELASTICKV_CONFIG, and the file beats the default. All of it is read and checked at
+once by Settings.load(); what the rest of the program sees is frozen. The native core is given values and never looks
+at the environment.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final
+
+from elastickv.errors import ConfigError, InvalidArgument
+from elastickv.units import (
+    format_size,
+    parse_seconds,
+    parse_seconds_or_never,
+    parse_size,
+    parse_size_or_none,
+)
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = [
+    "CONFIG_VARIABLE",
+    "VARIABLES",
+    "Settings",
+    "Variable",
+    "default_host_capacity",
+    "is_enabled",
+    "process_environment",
+]
+
+PREFIX: Final = "ELASTICKV"
+CONFIG_VARIABLE: Final = "ELASTICKV_CONFIG"
+LOG_LEVELS: Final = ("debug", "info", "warning", "error")
+MIN_PAGE: Final = 4096
+
+_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,63}", re.ASCII)
+_DEVICE: Final = re.compile(r"host|auto|[0-9]{1,3}|GPU-[0-9A-Fa-f-]{1,36}", re.ASCII)
+_SWITCH: Final = {
+    "1": True,
+    "on": True,
+    "true": True,
+    "yes": True,
+    "0": False,
+    "off": False,
+    "false": False,
+    "no": False,
+}
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One setting: its field in Settings, where it may be given, how it is read and written, and what it means."""
+
+    field: str
+    parse: Callable[[str, str], Any]
+    default: str
+    doc: str
+    write: Callable[[Any], str] = str
+    name: str = ""
+
+    @property
+    def variable(self) -> str:
+        """The environment variable."""
+        return self.name or f"{PREFIX}_{self.key.upper()}"
+
+    @property
+    def key(self) -> str:
+        """The key in the file, and (with dashes) the option of the command line."""
+        return {"enabled": "enabled", "directory": "dir"}.get(self.field, self.field)
+
+    @property
+    def option(self) -> str:
+        """The option of the command line."""
+        return "--" + self.key.replace("_", "-")
+
+
+def _switch(text: str, what: str) -> bool:
+    value = _SWITCH.get(text.strip().lower())
+    if value is None:
+        raise InvalidArgument(f"{what}: {text!r} is neither on nor off; write 1, on, 0 or off", what=what, value=text)
+    return value
+
+
+def _directory(text: str, what: str) -> Path:
+    if not text.strip():
+        raise InvalidArgument(f"{what}: the directory is empty; write an absolute path", what=what, value=text)
+    return Path(text).expanduser().absolute()
+
+
+def _device(text: str, what: str) -> str:
+    if not _DEVICE.fullmatch(text):
+        forms = "host, auto, a GPU's number (0) or its UUID (GPU-...)"
+        raise InvalidArgument(f"{what}: {text!r} is not a device; write {forms}", what=what, value=text)
+    return text
+
+
+def _name(text: str, what: str) -> str:
+    if not _NAME.fullmatch(text):
+        forms = "1 to 63 letters, digits, '.', '_' or '-'"
+        raise InvalidArgument(f"{what}: {text!r} is not a name; write {forms}", what=what, value=text)
+    return text
+
+
+def _positive_size(text: str, what: str) -> int:
+    size = parse_size(text, what)
+    if size == 0:
+        raise InvalidArgument(f"{what}: {text!r} must be more than 0 bytes", what=what, value=text)
+    return size
+
+
+def _page(text: str, what: str) -> int:
+    size = parse_size(text, what)
+    if size < MIN_PAGE or size & (size - 1):
+        least = format_size(MIN_PAGE)
+        raise InvalidArgument(f"{what}: {text!r} must be a power of two of at least {least}", what=what, value=text)
+    return size
+
+
+def _integer(low: int, high: int) -> Callable[[str, str], int]:
+    def parse(text: str, what: str) -> int:
+        if not re.fullmatch(r"[+-]?[0-9]{1,9}", text.strip(), re.ASCII) or not low <= int(text) <= high:
+            raise InvalidArgument(
+                f"{what}: {text!r} must be a whole number from {low} to {high}", what=what, value=text
+            )
+        return int(text)
+
+    return parse
+
+
+def _milliseconds(text: str, what: str) -> int:
+    return round(parse_seconds(text, what, default_unit="ms") * 1000)
+
+
+def _log(text: str, what: str) -> str:
+    if text.lower() not in LOG_LEVELS:
+        raise InvalidArgument(
+            f"{what}: {text!r} is not a level; write one of {', '.join(LOG_LEVELS)}", what=what, value=text
+        )
+    return text.lower()
+
+
+def _write_switch(value: bool) -> str:
+    return "1" if value else "0"
+
+
+def _write_or(word: str) -> Callable[[Any], str]:
+    def write(value: object) -> str:
+        return word if value is None else str(value)
+
+    return write
+
+
+VARIABLES: Final[tuple[Variable, ...]] = (
+    Variable("enabled", _switch, "0", "Whether the plug-in manages the engine that loads it.", _write_switch, PREFIX),
+    Variable(
+        "directory",
+        _directory,
+        "$XDG_RUNTIME_DIR/elastickv, or /dev/shm/elastickv-UID",
+        "The private directory (mode 0700) of the ledgers. Everybody who shares a device names the same one.",
+    ),
+    Variable("device", _device, "auto", "host, a GPU's number or UUID; auto takes the device that the engine runs on."),
+    Variable(
+        "capacity",
+        _positive_size,
+        "host: half of the memory; a GPU: all of it",
+        "Bytes of the device that the tenants share. The first one on the device decides; the others must agree.",
+    ),
+    Variable(
+        "name", _name, "engine-PID", "The tenant's name on the ledger. A limit set later is kept under this name."
+    ),
+    Variable("floor", parse_size, "0", "Bytes guaranteed to this tenant and never lent to another."),
+    Variable(
+        "limit",
+        parse_size_or_none,
+        "what the ledger has for the name, or none",
+        "The most bytes that this tenant may hold, or none. Given here it replaces the limit kept on the ledger.",
+        _write_or("none"),
+    ),
+    Variable("weight", _integer(1, 1000), "1", "This tenant's part when tenants compete, 1 to 1000."),
+    Variable(
+        "priority", _integer(-1000, 1000), "0", "Tenants with a higher priority keep their cached prefixes longer."
+    ),
+    Variable("virtual", _positive_size, "the capacity", "Bytes of address space reserved for an engine's cache."),
+    Variable("page", _page, "64KiB", "Page size on the host, a power of two. On a GPU the driver decides (2 MiB)."),
+    Variable(
+        "max_extent",
+        _positive_size,
+        "64MiB on a GPU, one page on the host",
+        "The most bytes that one mapping covers. Mappings grow with use, up to this.",
+    ),
+    Variable("idle_release", parse_seconds, "2", "Seconds without work until mapped free memory is given back."),
+    Variable(
+        "cache_release",
+        parse_seconds_or_never,
+        "never",
+        "Seconds without work until cached prefixes are given back too, or never.",
+        _write_or("never"),
+    ),
+    Variable("give_back_wait", _milliseconds, "20", "Milliseconds that an allocation waits for its neighbours."),
+    Variable("stock", parse_size, "one extent", "Bytes that are kept mapped ahead of demand."),
+    Variable("log", _log, "info", f"How much is logged: {', '.join(LOG_LEVELS)}."),
+)
+
+_BY_FIELD: Final = {variable.field: variable for variable in VARIABLES}
+_BY_VARIABLE: Final = {variable.variable: variable for variable in VARIABLES}
+_BY_KEY: Final = {variable.key: variable for variable in VARIABLES}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was decided. Sizes are bytes, times are seconds unless the name says otherwise; None: as the docs say."""
+
+    directory: Path
+    enabled: bool = False
+    device: str = "auto"
+    capacity: int | None = None
+    name: str | None = None
+    floor: int = 0
+    limit: int | None = None
+    weight: int = 1
+    priority: int = 0
+    virtual: int | None = None
+    page: int = 64 * 1024
+    max_extent: int | None = None
+    idle_release: float = 2.0
+    cache_release: float | None = None
+    give_back_wait: int = 20
+    """Milliseconds."""
+    stock: int | None = None
+    log: str = "info"
+    given: frozenset[str] = field(default=frozenset(), compare=False)
+    """Names of the fields that some place gave a value, as opposed to the defaults."""
+
+    def __post_init__(self) -> None:
+        for low, high in (("floor", "limit"), ("floor", "capacity"), ("floor", "virtual")):
+            small, large = getattr(self, low), getattr(self, high)
+            if large is not None and small > large:
+                raise ConfigError(
+                    f"{low} {format_size(small)} is more than {high} {format_size(large)}; "
+                    f"lower {_BY_FIELD[low].option} or raise {_BY_FIELD[high].option}",
+                    **{low: small, high: large},
+                )
+
+    @property
+    def set_limit(self) -> bool:
+        """Whether `limit` was given here. If not, the limit that the ledger keeps for the name stays."""
+        return "limit" in self.given
+
+    @property
+    def tenant_name(self) -> str:
+        """The name, or one made from this process's id."""
+        return self.name if self.name is not None else f"engine-{os.getpid()}"
+
+    @classmethod
+    def load(
+        cls,
+        *,
+        options: Mapping[str, str | None] | None = None,
+        arguments: Mapping[str, object] | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> Settings:
+        """Reads every place and checks all of it. ConfigError names the variable, option, argument or key.
+
+        `options` are texts from the command line and `arguments` are values from a Python caller, both by field
+        name; None in either means "not given". `environ` replaces the process environment.
+        """
+        environ = os.environ if environ is None else environ
+        _refuse_unknown(environ)
+        texts: dict[str, tuple[str, str]] = {}
+        path = environ.get(CONFIG_VARIABLE, "")
+        if path:
+            texts.update(_from_file(Path(path)))
+        for variable in VARIABLES:
+            text = environ.get(variable.variable, "")
+            if text:
+                texts[variable.field] = (text, variable.variable)
+        for name, value in (arguments or {}).items():
+            if value is not None:
+                texts[name] = (_text(value), name)
+        for name, option in (options or {}).items():
+            if option is not None:
+                texts[name] = (option, _BY_FIELD[name].option)
+        values: dict[str, Any] = {"directory": _default_directory(environ)}
+        values.update({name: _parse(_BY_FIELD[name], text, what) for name, (text, what) in texts.items()})
+        return cls(**values, given=frozenset(texts))
+
+    def environment(self) -> dict[str, str]:
+        """The variables that make a child process decide the same: all that were given, and the directory."""
+        passed = {*self.given, "directory", *(f.name for f in fields(self) if f.name != "given" and self._changed(f))}
+        ordered = [variable for variable in VARIABLES if variable.field in passed]
+        return {variable.variable: variable.write(getattr(self, variable.field)) for variable in ordered}
+
+    def _changed(self, spec: Any) -> bool:
+        return bool(getattr(self, spec.name) != spec.default)
+
+
+def is_enabled(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether the plug-in is switched on. Looks at nothing else, so an engine without elastickv is left alone."""
+    text = (os.environ if environ is None else environ).get(PREFIX, "")
+    return bool(_parse(_BY_FIELD["enabled"], text, PREFIX)) if text else False
+
+
+def process_environment() -> dict[str, str]:
+    """A copy of the process environment, to hand to a child with changes."""
+    return dict(os.environ)
+
+
+def default_host_capacity() -> int:
+    """Half of this machine's memory (or of its control group's), in bytes, a multiple of 2 MiB."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    group = Path("/sys/fs/cgroup/memory.max")
+    if group.is_file():
+        text = group.read_text(encoding="ascii").strip()
+        total = min(total, int(text)) if text.isdecimal() else total
+    unit = 2 * 1024 * 1024
+    return total // 2 // unit * unit
+
+
+def _default_directory(environ: Mapping[str, str]) -> Path:
+    runtime = environ.get("XDG_RUNTIME_DIR", "")
+    return Path(runtime, "elastickv").absolute() if runtime else Path(f"/dev/shm/elastickv-{os.getuid()}")
+
+
+def _parse(variable: Variable, text: str, what: str) -> Any:
+    try:
+        return variable.parse(text, what)
+    except InvalidArgument as error:
+        raise ConfigError(error.message, **error.attributes) from None
+
+
+def _text(value: object) -> str:
+    return _write_switch(value) if isinstance(value, bool) else str(value)
+
+
+def _refuse_unknown(environ: Mapping[str, str]) -> None:
+    known = [*_BY_VARIABLE, CONFIG_VARIABLE]
+    for name in environ:
+        if name.startswith(f"{PREFIX}_") and name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"the variables are {', '.join(known)}"
+            raise ConfigError(f"{name}: no such variable; {hint}", what=name)
+
+
+def _from_file(path: Path) -> dict[str, tuple[str, str]]:
+    where = f"{CONFIG_VARIABLE}={path}"
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"{where}: cannot read the file: {reason}; correct the path or unset it") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{where}: the file is not TOML: {error}") from None
+    texts: dict[str, tuple[str, str]] = {}
+    for key, value in table.items():
+        variable = _BY_KEY.get(key)
+        if variable is None:
+            raise ConfigError(f"{where}: no such key {key!r}; the keys are {', '.join(_BY_KEY)}", what=key)
+        if not isinstance(value, (str, int, float)):
+            raise ConfigError(f"{where}: {key} must be a text, a number, true or false", what=key)
+        texts[variable.field] = (_text(value), f"{key} in {path}")
+    return texts
