@@ -23,6 +23,12 @@ template <class T> T unwrap(Result<T> result) {
     return std::move(result).value();
 }
 
+// Runs C++ that may wait with the GIL released; the Status it returns is turned into an exception outside.
+template <class F> auto without_gil(F &&work) {
+    nb::gil_scoped_release unlocked;
+    return work();
+}
+
 void bind_driver(nb::module_ &module);
 void bind_ledger(nb::module_ &module);
 void bind_pool(nb::module_ &module);

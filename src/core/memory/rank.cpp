@@ -1,0 +1,264 @@
+#include "memory/rank.hpp"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+
+#include "base/futex.hpp"
+
+namespace elastickv {
+namespace {
+
+constexpr std::uint64_t kIdleWaitUs = 100'000;  // looks at `closed` and `stop` at least this often
+constexpr std::uint64_t kFencePollUs = 50;      // an event is polled, never waited for: the device has its own pace
+
+}  // namespace
+
+Result<std::unique_ptr<Rank>> Rank::attach(std::shared_ptr<Driver> driver, std::shared_ptr<PageTable> table,
+                                           const RankOptions &options, RankHooks hooks) {
+    const std::uint64_t granularity = driver->granularity();
+    if (options.rank >= table->ranks())
+        return Status(Code::invalid, "rank " + std::to_string(options.rank) + " of a page table for " +
+                                         std::to_string(table->ranks()) + " ranks");
+    if (options.page_bytes == 0 || options.page_bytes % granularity != 0)
+        return Status(Code::invalid, "a page of " + std::to_string(options.page_bytes) +
+                                         " bytes is no multiple of the driver's granularity of " +
+                                         std::to_string(granularity) + " bytes");
+    if (options.spans == 0 || options.span_bytes == 0 ||
+        (options.spans > 1 && options.span_bytes % options.page_bytes != 0))
+        return Status(Code::invalid, std::to_string(options.spans) + " spans of " +
+                                         std::to_string(options.span_bytes) +
+                                         " bytes: with several spans each must be a multiple of the page of " +
+                                         std::to_string(options.page_bytes) + " bytes; change the number of blocks");
+    const std::uint64_t pages = (options.span_bytes + options.page_bytes - 1) / options.page_bytes;
+    if (pages != table->pages())
+        return Status(Code::invalid, "this rank's spans have " + std::to_string(pages) +
+                                         " pages, the page table has " + std::to_string(table->pages()) +
+                                         ": the ranks disagree about the cache's geometry");
+    std::unique_ptr<Rank> rank(new Rank(std::move(driver), std::move(table), options, std::move(hooks)));
+    auto reserved = Reservation::make(
+        rank->driver_, (options.spans - 1) * options.span_bytes + pages * options.page_bytes);
+    if (!reserved.ok()) return reserved.status();
+    rank->reservation_ = std::move(reserved).value();
+    std::uint32_t expected = static_cast<std::uint32_t>(RankState::absent);
+    if (!rank->slot_.state.compare_exchange_strong(expected, static_cast<std::uint32_t>(RankState::attached)))
+        return Status(Code::exists, "rank " + std::to_string(options.rank) +
+                                        " is attached already; each rank attaches once");
+    rank->thread_ = std::thread([self = rank.get()] { self->run(); });
+    return rank;
+}
+
+Rank::Rank(std::shared_ptr<Driver> driver, std::shared_ptr<PageTable> table, const RankOptions &options,
+           RankHooks hooks)
+    : driver_(std::move(driver)), table_(std::move(table)), options_(options), hooks_(std::move(hooks)),
+      slot_(table_->rank(options_.rank)) {}
+
+Rank::~Rank() { close(); }
+
+void Rank::close() noexcept {
+    if (!thread_.joinable()) return;
+    stop_.store(true, std::memory_order_release);
+    table_->ring_ranks();
+    thread_.join();
+    slot_.state.store(static_cast<std::uint32_t>(RankState::gone), std::memory_order_release);
+    futex_ring(table_->header().answer_bell);
+}
+
+std::uint64_t Rank::mapped_bytes() const noexcept { return slot_.mapped_bytes.load(std::memory_order_relaxed); }
+
+Status Rank::fence(std::uint64_t ticket, std::uint64_t stream) {
+    auto fence = driver_->record(stream);
+    if (!fence.ok()) return fence.status();
+    {
+        const std::scoped_lock lock(fences_mutex_);
+        fences_.push_back({ticket, std::move(fence).value()});
+    }
+    table_->ring_ranks();
+    return {};
+}
+
+Status Rank::wait_first_page(std::uint64_t timeout_ms) const {
+    const std::uint64_t until = monotonic_ns() + timeout_ms * 1'000'000U;
+    auto &bell = table_->header().answer_bell;
+    while (true) {
+        const std::uint32_t seen = bell.load(std::memory_order_acquire);
+        const auto wanted = Wanted::unpack(table_->wanted(0).load(std::memory_order_acquire));
+        const auto so = Answer::unpack(table_->so(options_.rank, 0).load(std::memory_order_acquire));
+        if (wanted.map && so.generation == wanted.generation && so.so == So::mapped) return {};
+        if (wanted.map && so.generation == wanted.generation && so.so == So::failed)
+            return {Code::out_of_memory, std::string("mapping block 0 failed: ") + slot_.error};
+        const std::uint64_t now = monotonic_ns();
+        if (now >= until)
+            return {Code::timeout, "waited " + std::to_string(timeout_ms) + " ms for the page of block 0; " +
+                                       (wanted.map ? "it is ordered and not mapped" : "it was never ordered")};
+        futex_wait(bell, seen, std::min<std::uint64_t>((until - now) / 1000 + 1, kIdleWaitUs));
+    }
+}
+
+void Rank::run() noexcept {
+    if (const Status bound = driver_->bind_thread(); !bound.ok()) note_failure(bound.message());
+    auto &header = table_->header();
+    while (!stop_.load(std::memory_order_acquire)) {
+        const std::uint32_t seen = header.order_bell.load(std::memory_order_acquire);
+        if (header.closed.load(std::memory_order_acquire) != 0) break;
+        bool worked = drain_ring();
+        const bool fences_pending = poll_fences();
+        worked = retry_waiting() || worked;
+        if (worked) {
+            futex_ring(header.answer_bell);
+            continue;
+        }
+        futex_wait(header.order_bell, seen, fences_pending ? kFencePollUs : kIdleWaitUs);
+    }
+    std::int64_t freed = 0;
+    for (auto &[page, extent] : extents_)
+        freed += static_cast<std::int64_t>(extent_bytes(extent.pages));
+    extents_.clear();
+    slot_.mapped_bytes.store(0, std::memory_order_relaxed);
+    if (freed != 0) {
+        hooks_.mapped(-freed);
+        hooks_.give(static_cast<std::uint64_t>(freed));
+    }
+}
+
+bool Rank::drain_ring() noexcept {
+    auto &header = table_->header();
+    const std::uint64_t tail = header.ring_tail.load(std::memory_order_acquire);
+    if (tail == cursor_) return false;
+    if (tail - cursor_ > header.ring_size / 2) {  // lapped, or nearly: the words themselves are the truth
+        cursor_ = tail;
+        for (std::uint32_t page = 0; page < header.pages; ++page) look_at(page);
+        return true;
+    }
+    for (; cursor_ != tail; ++cursor_) look_at(table_->ring_at(cursor_));
+    return true;
+}
+
+void Rank::look_at(std::uint32_t page) noexcept {
+    if (page >= table_->pages()) return;
+    const auto wanted = Wanted::unpack(table_->wanted(page).load(std::memory_order_acquire));
+    const auto so = Answer::unpack(table_->so(options_.rank, page).load(std::memory_order_relaxed));
+    if (wanted.generation == 0 || so.generation == wanted.generation) return;
+    if (wanted.map) {
+        map_extent(page, wanted);
+        return;
+    }
+    const std::uint64_t ticket = table_->ticket(page).load(std::memory_order_relaxed);
+    if (wanted.fenced && slot_.fence_passed.load(std::memory_order_relaxed) < ticket)
+        waiting_.push_back(page);
+    else
+        unmap_extent(page, wanted);
+}
+
+bool Rank::poll_fences() noexcept {
+    const std::scoped_lock lock(fences_mutex_);
+    while (!fences_.empty()) {
+        auto done = fences_.front().fence->done();
+        if (!done.ok()) {
+            // A fence that cannot be asked will never be known to have passed: its pages stay mapped, which is safe.
+            note_failure(done.status().message());
+            fences_.pop_front();
+            continue;
+        }
+        if (!done.value()) return true;
+        const std::uint64_t passed = slot_.fence_passed.load(std::memory_order_relaxed);
+        slot_.fence_passed.store(std::max(passed, fences_.front().ticket), std::memory_order_release);
+        fences_.pop_front();
+    }
+    return false;
+}
+
+bool Rank::retry_waiting() noexcept {
+    const std::uint64_t passed = slot_.fence_passed.load(std::memory_order_relaxed);
+    bool worked = false;
+    for (std::size_t i = 0; i < waiting_.size();) {
+        const std::uint32_t page = waiting_[i];
+        if (table_->ticket(page).load(std::memory_order_relaxed) > passed) {
+            ++i;
+            continue;
+        }
+        waiting_[i] = waiting_.back();
+        waiting_.pop_back();
+        look_at(page);
+        worked = true;
+    }
+    return worked;
+}
+
+Status Rank::map_pieces(std::uint32_t page, Extent &extent) {
+    const std::uint64_t bytes = options_.page_bytes * extent.pages;
+    extent.pieces.reserve(options_.spans);
+    for (std::uint64_t span = 0; span < options_.spans; ++span) {
+        const Address address = address_of(page, span);
+        auto memory = Physical::make(driver_, bytes);
+        if (!memory.ok()) return memory.status();
+        auto mapping = Mapping::make(driver_, address, bytes, memory->id());
+        if (!mapping.ok()) return mapping.status();
+        extent.pieces.push_back({std::move(memory).value(), std::move(mapping).value()});
+    }
+    return {};
+}
+
+void Rank::map_extent(std::uint32_t page, const Wanted &wanted) noexcept {
+    const std::uint64_t start = monotonic_ns();
+    Extent extent;
+    extent.pages = wanted.pages;
+    Status status;
+    if (extents_.contains(page))
+        status = {Code::invalid, "page " + std::to_string(page) + " was ordered mapped twice"};
+    else if (page + std::uint64_t{wanted.pages} > table_->pages() || wanted.pages == 0)
+        status = {Code::invalid, "an extent of " + std::to_string(wanted.pages) + " pages at page " +
+                                     std::to_string(page) + " leaves the table"};
+    else
+        status = map_pieces(page, extent);
+    if (!status.ok()) {
+        extent.pieces.clear();  // all or none: what was mapped so far is unmapped here
+        note_failure(status.message());
+        answer(page, wanted.generation, So::failed);
+        return;
+    }
+    const std::uint64_t bytes = extent_bytes(extent.pages);
+    extents_.emplace(page, std::move(extent));
+    slot_.mapped_bytes.fetch_add(bytes, std::memory_order_relaxed);
+    slot_.maps.fetch_add(1, std::memory_order_relaxed);
+    slot_.map_ns.fetch_add(monotonic_ns() - start, std::memory_order_relaxed);
+    hooks_.mapped(static_cast<std::int64_t>(bytes));
+    answer(page, wanted.generation, So::mapped);
+}
+
+void Rank::unmap_extent(std::uint32_t page, const Wanted &wanted) noexcept {
+    const std::uint64_t start = monotonic_ns();
+    const std::uint64_t bytes = extent_bytes(wanted.pages);
+    if (const auto found = extents_.find(page); found != extents_.end()) {
+        for (auto &[memory, mapping] : found->second.pieces) {
+            Status status = mapping.close();
+            if (status.ok()) status = memory.close();
+            if (!status.ok()) {
+                // The driver would not let go: the page keeps its lease and is never used again.
+                note_failure(status.message());
+                answer(page, wanted.generation, So::stuck);
+                return;
+            }
+        }
+        extents_.erase(found);
+        slot_.mapped_bytes.fetch_sub(bytes, std::memory_order_relaxed);
+        slot_.unmaps.fetch_add(1, std::memory_order_relaxed);
+        slot_.unmap_ns.fetch_add(monotonic_ns() - start, std::memory_order_relaxed);
+        hooks_.mapped(-static_cast<std::int64_t>(bytes));
+    }
+    // The answer goes first: a pool that sees the lease back must also see the page gone.
+    answer(page, wanted.generation, So::unmapped);
+    hooks_.give(bytes);
+}
+
+void Rank::answer(std::uint32_t page, std::uint32_t generation, So so) noexcept {
+    table_->so(options_.rank, page).store(Answer{generation, so}.pack(), std::memory_order_release);
+}
+
+void Rank::note_failure(const std::string &text) noexcept {
+    std::strncpy(slot_.error, text.c_str(), sizeof(slot_.error) - 1);
+    slot_.error[sizeof(slot_.error) - 1] = '\0';
+    slot_.failures.fetch_add(1, std::memory_order_release);
+}
+
+}  // namespace elastickv

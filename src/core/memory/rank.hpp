@@ -1,0 +1,105 @@
+// A rank's memory: one reserved range and the thread (the mapper) that makes it what the page table wants.
+//
+// The mapper takes no lock of the scheduling process and runs no Python. It maps as soon as it is told, and unmaps
+// once the fence of the order has passed. Each extent is mapped whole in every span or, if any call fails, not at all.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <unordered_map>
+#include <vector>
+
+#include "base/status.hpp"
+#include "driver/driver.hpp"
+#include "driver/handles.hpp"
+#include "memory/page_table.hpp"
+
+namespace elastickv {
+
+struct RankOptions {
+    std::uint32_t rank = 0;
+    std::uint64_t spans = 1;         // stripes side by side in one reservation
+    std::uint64_t span_bytes = 0;    // bytes of a stripe; a multiple of the page when there are several
+    std::uint64_t page_bytes = 0;    // this rank's piece of one page of the table, in each span
+    std::uint64_t deadline_ms = 10000;
+};
+
+// What the mapper reports to the ledger: bytes newly mapped (positive) or unmapped (negative), and leases to return.
+struct RankHooks {
+    std::function<void(std::int64_t)> mapped;
+    std::function<void(std::uint64_t)> give;
+};
+
+class Rank {
+  public:
+    static Result<std::unique_ptr<Rank>> attach(std::shared_ptr<Driver> driver, std::shared_ptr<PageTable> table,
+                                                const RankOptions &options, RankHooks hooks);
+    ~Rank();
+    Rank(const Rank &) = delete;
+    Rank &operator=(const Rank &) = delete;
+
+    Address address() const noexcept { return reservation_.address(); }
+    std::uint64_t bytes() const noexcept { return options_.spans * options_.span_bytes; }
+    const std::shared_ptr<Driver> &driver() const noexcept { return driver_; }
+
+    // An order to unmap up to `ticket` has arrived, before the next work is launched on `stream`. Returns at once.
+    Status fence(std::uint64_t ticket, std::uint64_t stream);
+    // Waits until the extent that starts at page 0 is mapped; timeout text says what is missing.
+    Status wait_first_page(std::uint64_t timeout_ms) const;
+    std::uint64_t mapped_bytes() const noexcept;
+    // Stops the mapper and unmaps everything (idempotent). Nothing may use the addresses afterwards.
+    void close() noexcept;
+
+  private:
+    struct Piece {  // the mapping is declared last, so that it goes before its memory
+        Physical memory;
+        Mapping mapping;
+    };
+    struct Extent {
+        std::uint32_t pages = 0;
+        std::vector<Piece> pieces;  // one per span
+    };
+    struct PendingFence {
+        std::uint64_t ticket;
+        std::unique_ptr<Fence> fence;
+    };
+
+    Rank(std::shared_ptr<Driver> driver, std::shared_ptr<PageTable> table, const RankOptions &options, RankHooks hooks);
+    void run() noexcept;
+    bool drain_ring() noexcept;
+    bool poll_fences() noexcept;
+    bool retry_waiting() noexcept;
+    void look_at(std::uint32_t page) noexcept;
+    void map_extent(std::uint32_t page, const Wanted &wanted) noexcept;
+    void unmap_extent(std::uint32_t page, const Wanted &wanted) noexcept;
+    Status map_pieces(std::uint32_t page, Extent &extent);
+    void answer(std::uint32_t page, std::uint32_t generation, So so) noexcept;
+    void note_failure(const std::string &text) noexcept;
+    std::uint64_t extent_bytes(std::uint32_t pages) const noexcept { return options_.page_bytes * pages * options_.spans; }
+    Address address_of(std::uint32_t page, std::uint64_t span) const noexcept {
+        return address() + span * options_.span_bytes + page * options_.page_bytes;
+    }
+
+    std::shared_ptr<Driver> driver_;
+    std::shared_ptr<PageTable> table_;
+    RankOptions options_;
+    RankHooks hooks_;
+    Reservation reservation_;
+    RankSlot &slot_;
+
+    std::unordered_map<std::uint32_t, Extent> extents_;  // mapper's own
+    std::vector<std::uint32_t> waiting_;                 // pages whose unmap waits for its fence
+    std::uint64_t cursor_ = 0;
+    std::mutex fences_mutex_;
+    std::deque<PendingFence> fences_;
+    std::atomic<bool> stop_{false};
+    std::thread thread_;
+};
+
+}  // namespace elastickv

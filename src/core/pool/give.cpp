@@ -1,0 +1,156 @@
+// How the pool gives back: empty extents first, the highest first; then extents that hold only cached blocks.
+
+#include <algorithm>
+
+#include "base/futex.hpp"
+#include "pool/pool.hpp"
+
+namespace elastickv {
+namespace {
+
+constexpr std::uint64_t kMaintainPauseNs = 500'000;  // a pressed pool with nothing to give is not asked every step
+
+}  // namespace
+
+void Pool::order_unmap(std::uint32_t head, bool fenced, std::uint64_t ticket) {
+    Extent &extent = extents_[head];
+    const Run run{head, extent.pages};
+    extent.stage = Stage::unmapping;
+    empty_extents_.erase(head);
+    for (std::uint32_t block = first_block(head); block <= last_block(head + run.pages - 1); ++block) {
+        const auto pages = static_cast<std::uint16_t>(pages_of_block_in(block, run));
+        if (unready_[block] == 0) {
+            free_blocks_.erase(block);
+            state_[block] = BlockState::absent;
+            available_.fetch_sub(1, std::memory_order_relaxed);
+        } else if (missing_[block] == 0) {
+            --coming_;  // its other pages are on their way, this one is leaving
+        }
+        missing_[block] = static_cast<std::uint16_t>(missing_[block] + pages);
+        unready_[block] = static_cast<std::uint16_t>(unready_[block] + pages);
+    }
+    held_pages_ -= run.pages;
+    usage_.free -= run.pages;
+    usage_.transit += run.pages;
+    transit_.push_back(head);
+    table_->order(head, {++extent.generation, run.pages, false, fenced}, ticket);
+}
+
+// Orders empty extents unmapped until `pages` are on their way, keeping at least `keep` pages held.
+std::uint64_t Pool::give_free(std::uint64_t pages, std::uint64_t keep, std::uint64_t ticket) {
+    std::uint64_t given = 0;
+    std::uint64_t head = empty_extents_.last();
+    while (given < pages && head != Bitmap::npos) {
+        const std::uint64_t length = extents_[head].pages;
+        if (held_pages_ >= keep + length) {
+            order_unmap(static_cast<std::uint32_t>(head), true, ticket);
+            given += length;
+        }
+        head = empty_extents_.last_before(head);
+    }
+    return given;
+}
+
+// Evicts every cached block of extents that hold nothing else, the longest unused extent first.
+std::uint64_t Pool::evict_extents(std::uint64_t pages, std::uint64_t keep, std::uint64_t ticket,
+                                  std::vector<std::uint32_t> &evicted) {
+    std::vector<std::uint32_t> heads;
+    for (std::uint64_t head = heads_.first(); head != Bitmap::npos; head = heads_.first_from(head + 1)) {
+        const Extent &extent = extents_[head];
+        if (extent.stage == Stage::mapped && extent.used == 0 && extent.cached != 0)
+            heads.push_back(static_cast<std::uint32_t>(head));
+    }
+    std::sort(heads.begin(), heads.end(), [this](std::uint32_t a, std::uint32_t b) {
+        return extents_[a].last_use < extents_[b].last_use;
+    });
+    std::uint64_t given = 0;
+    for (const std::uint32_t head : heads) {
+        if (given >= pages) break;
+        const std::uint32_t length = extents_[head].pages;
+        if (held_pages_ < keep + length) continue;
+        for (std::uint32_t block = first_block(head); block <= last_block(head + length - 1); ++block) {
+            if (state_[block] != BlockState::cached) continue;
+            set_state(block, BlockState::free);
+            evicted.push_back(block);
+            ++counters_.evicted;
+        }
+        order_unmap(head, true, ticket);
+        given += length;
+    }
+    return given;
+}
+
+// Block operations only set a flag; the clock is read here.
+void Pool::note_activity(std::uint64_t now) noexcept {
+    if (!touched_.exchange(false, std::memory_order_relaxed)) return;
+    last_active_ns_ = now;
+    released_free_ = released_cache_ = false;
+}
+
+std::vector<std::uint32_t> Pool::maintain(bool idle) {
+    std::vector<std::uint32_t> evicted;
+    const std::scoped_lock lock(mutex_);
+    poll_locked();
+    const std::uint64_t now = monotonic_ns();
+    note_activity(now);
+    publish();  // what is asked of us depends on what we say we hold
+
+    const bool limit_open = leases_.limit_open();
+    PageAsk ask;
+    if (limit_open || leases_.pressed()) ask = leases_.ask();
+    const std::uint64_t floor = leases_.floor_pages();
+    const std::uint64_t ticket = table_->header().ticket.load(std::memory_order_relaxed) + 1;
+    std::uint64_t given = 0;
+    if (ask.any()) {
+        // A lowered limit may cut below what the floor keeps from the neighbours: its order is the operator's own.
+        given = give_free(ask.over_limit, 0, ticket);
+        if (given < ask.over_limit) given += evict_extents(ask.over_limit - given, 0, ticket, evicted);
+        const std::uint64_t lent = ask.free + ask.cached;
+        if (given < lent) given += give_free(lent - given, floor, ticket);
+        if (given < lent && ask.cached != 0)
+            given += evict_extents(std::min(ask.cached, lent - given), floor, ticket, evicted);
+    }
+    const std::uint64_t quiet_us = (now - last_active_ns_) / 1000;
+    if (idle && quiet_us >= options_.idle_release_us) {
+        if (options_.cache_release_us != kNever && quiet_us >= options_.cache_release_us)
+            given += evict_extents(num_pages_, floor, ticket, evicted);
+        given += give_free(num_pages_, floor, ticket);
+        released_free_ = true;
+        released_cache_ = quiet_us >= options_.cache_release_us;
+    }
+    if (given != 0) {
+        table_->header().ticket.store(ticket, std::memory_order_release);
+        table_->ring_ranks();
+    }
+    if (limit_open) leases_.acknowledge_limits();
+    leases_.answered();
+    maintain_again_ns_.store(now + (given != 0 ? 0 : kMaintainPauseNs), std::memory_order_relaxed);
+    publish();
+    return evicted;
+}
+
+bool Pool::attention() noexcept {
+    return leases_.pressed() && monotonic_ns() >= maintain_again_ns_.load(std::memory_order_relaxed);
+}
+
+// When maintain(idle) would next have something to release by the clock; capped, so that a thread that waits for it
+// also notices answers and deaths.
+std::uint64_t Pool::next_deadline_us(bool idle) {
+    constexpr std::uint64_t most = 500'000;
+    const std::scoped_lock lock(mutex_);
+    poll_locked();
+    const std::uint64_t now = monotonic_ns();
+    note_activity(now);
+    publish();
+    if (!idle) return most;
+    const std::uint64_t floor = leases_.floor_pages(), quiet_us = (now - last_active_ns_) / 1000;
+    std::uint64_t due = kNever;
+    if (held_pages_ > floor && empty_extents_.count() != 0 && !released_free_) due = options_.idle_release_us;
+    if (held_pages_ > floor && lru_.count() != 0 && !released_cache_ && options_.cache_release_us != kNever)
+        due = std::min(due, std::max(options_.cache_release_us, options_.idle_release_us));
+    if (due == kNever) return most;
+    if (quiet_us >= due) return 0;
+    return std::min(most, due - quiet_us);
+}
+
+}  // namespace elastickv

@@ -1,0 +1,290 @@
+// How the pool grows: plan extents, lease them, order them, wait for the ranks' answers; all or nothing.
+
+#include <algorithm>
+#include <bit>
+
+#include "base/futex.hpp"
+#include "pool/pool.hpp"
+
+namespace elastickv {
+namespace {
+
+constexpr std::uint64_t kWaitSliceUs = 2'000;        // a lost wake-up costs at most this
+constexpr std::uint64_t kStockRetryNs = 50'000'000;  // after a refusal the stock is not asked for again at once
+
+}  // namespace
+
+// An extent is at most about 1/16 of what is held, so its slack stays under 1/16 too (docs/design.md).
+std::uint32_t Pool::extent_target() const noexcept {
+    const std::uint64_t share = std::bit_floor(std::max<std::uint64_t>(1, held_pages_ / 16));
+    return static_cast<std::uint32_t>(std::min<std::uint64_t>(share, options_.max_extent_pages));
+}
+
+// The lowest absent pages that make `blocks` more blocks whole, as extents; fewer if the range or most_pages ends.
+std::vector<Pool::Run> Pool::plan(std::uint32_t blocks, std::uint64_t most_pages) const {
+    std::vector<Run> runs;
+    const std::uint32_t target = extent_target();
+    std::uint32_t whole = 0;
+    std::uint32_t partial_block = 0, partial_left = 0;  // a block cut by the end of the previous run
+    std::uint64_t page = absent_pages_.first_from(0);
+    while (whole < blocks && page != Bitmap::npos && most_pages > 0) {
+        Run run{static_cast<std::uint32_t>(page), 0};
+        const std::uint64_t longest = std::min<std::uint64_t>({target, most_pages, num_pages_ - page});
+        while (run.pages < longest && absent_pages_.contains(page + run.pages)) ++run.pages;
+        for (std::uint32_t block = first_block(run.first); block <= last_block(run.first + run.pages - 1); ++block) {
+            std::uint32_t left = missing_[block];
+            if (partial_left != 0 && block == partial_block) left = partial_left;
+            left -= pages_of_block_in(block, run);
+            if (left == 0 && block != 0) ++whole;
+            partial_block = block;
+            partial_left = left;
+        }
+        most_pages -= run.pages;
+        page = absent_pages_.first_from(page + run.pages);
+        runs.push_back(run);
+    }
+    return runs;
+}
+
+void Pool::order_map(const Run &run) {
+    Extent &extent = extents_[run.first];
+    extent = {run.pages, 0, 0, extent.generation + 1, Stage::mapping, ++ticks_};
+    heads_.insert(run.first);
+    for (std::uint32_t page = run.first; page < run.first + run.pages; ++page) {
+        absent_pages_.erase(page);
+        head_of_[page] = run.first;
+    }
+    for (std::uint32_t block = first_block(run.first); block <= last_block(run.first + run.pages - 1); ++block) {
+        missing_[block] = static_cast<std::uint16_t>(missing_[block] - pages_of_block_in(block, run));
+        if (missing_[block] == 0 && block != 0) ++coming_;
+    }
+    held_pages_ += run.pages;
+    usage_.transit += run.pages;
+    transit_.push_back(run.first);
+    table_->order(run.first, {extent.generation, run.pages, true, false}, 0);
+}
+
+void Pool::became_mapped(std::uint32_t head) {
+    Extent &extent = extents_[head];
+    const Run run{head, extent.pages};
+    extent.stage = Stage::mapped;
+    usage_.transit -= run.pages;
+    usage_.free += run.pages;
+    ++grown_;
+    for (std::uint32_t block = first_block(head); block <= last_block(head + run.pages - 1); ++block) {
+        unready_[block] = static_cast<std::uint16_t>(unready_[block] - pages_of_block_in(block, run));
+        if (unready_[block] != 0) continue;
+        if (block == 0) {
+            state_[0] = BlockState::used;
+            count_on_extents(0, BlockState::used, +1);
+            continue;
+        }
+        --coming_;
+        state_[block] = BlockState::free;
+        free_blocks_.insert(block);
+        available_.fetch_add(1, std::memory_order_relaxed);
+    }
+    reclass(head);
+}
+
+// The lease is not ours to return: each rank gave its share back when it let go.
+void Pool::became_absent(std::uint32_t head) {
+    Extent &extent = extents_[head];
+    const std::uint32_t pages = extent.pages;
+    usage_.transit -= pages;
+    if (extent.stage == Stage::unmapping) ++returned_;
+    extent.stage = Stage::none;
+    heads_.erase(head);
+    for (std::uint32_t page = head; page < head + pages; ++page) absent_pages_.insert(page);
+}
+
+// Looks whether all ranks have answered the order of the extent; true when its stage changed for good.
+bool Pool::settle(std::uint32_t head) {
+    Extent &extent = extents_[head];
+    bool failed = false, stuck = false;
+    for (std::uint32_t rank = 0; rank < table_->ranks(); ++rank) {
+        const auto answer = Answer::unpack(table_->so(rank, head).load(std::memory_order_acquire));
+        if (answer.generation != extent.generation) return false;
+        failed = failed || answer.so == So::failed;
+        stuck = stuck || answer.so == So::stuck;
+    }
+    if (extent.stage == Stage::mapping && !failed) {
+        became_mapped(head);
+        return true;
+    }
+    if (extent.stage == Stage::mapping) {  // some rank could not: none keeps it
+        ++map_failures_;
+        const Run run{head, extent.pages};
+        for (std::uint32_t block = first_block(head); block <= last_block(head + run.pages - 1); ++block) {
+            if (missing_[block] == 0 && block != 0) --coming_;
+            missing_[block] = static_cast<std::uint16_t>(missing_[block] + pages_of_block_in(block, run));
+        }
+        held_pages_ -= run.pages;
+        extent.stage = Stage::rolling_back;
+        table_->order(head, {++extent.generation, extent.pages, false, false}, 0);
+        table_->ring_ranks();
+        return false;
+    }
+    if (stuck) {
+        extent.stage = Stage::lost;
+        usage_.transit -= extent.pages;
+        usage_.used += extent.pages;  // leased and out of reach until the engine ends
+        lost_pages_ += extent.pages;
+        return true;
+    }
+    became_absent(head);
+    return true;
+}
+
+bool Pool::poll_locked() {
+    if (transit_.empty()) return false;
+    const std::uint32_t bell = table_->header().answer_bell.load(std::memory_order_acquire);
+    if (bell == answers_seen_) return false;
+    answers_seen_ = bell;
+    bool changed = false;
+    for (std::size_t i = 0; i < transit_.size();) {
+        if (!settle(transit_[i])) {
+            ++i;
+            continue;
+        }
+        transit_[i] = transit_.back();
+        transit_.pop_back();
+        changed = true;
+    }
+    return changed;
+}
+
+void Pool::poll() {
+    const std::scoped_lock lock(mutex_);
+    if (poll_locked()) publish();
+}
+
+// Leases and orders what `shortfall` blocks need, whole or not at all.
+bool Pool::grow(std::uint32_t shortfall, bool ring, Status *why) {
+    const std::vector<Run> runs = plan(shortfall, num_pages_);
+    std::uint64_t pages = 0;
+    for (const Run &run : runs) pages += run.pages;
+    if (pages == 0) {
+        *why = {Code::unavailable, "every page of the virtual range is in use"};
+        return false;
+    }
+    *why = leases_.lease(pages, ring);
+    if (!why->ok()) return false;
+    for (const Run &run : runs) order_map(run);
+    table_->ring_ranks();
+    return true;
+}
+
+// What can be had of it now; the own cache covers the rest.
+bool Pool::grow_partly(std::uint32_t shortfall) {
+    const std::uint64_t room = leases_.headroom();
+    if (room == 0) return false;
+    const std::vector<Run> runs = plan(shortfall, room);
+    std::uint64_t pages = 0;
+    for (const Run &run : runs) pages += run.pages;
+    if (pages == 0 || !leases_.lease(pages, false).ok()) return false;
+    for (const Run &run : runs) order_map(run);
+    table_->ring_ranks();
+    return true;
+}
+
+// Maps ahead of demand while nobody else wants the memory. Never waits, never rings.
+void Pool::keep_stock() {
+    const std::uint64_t stock = options_.stock_pages == kNever ? extent_target() : options_.stock_pages;
+    const std::uint64_t ahead = free_blocks_.count() + coming_;
+    if (stock == 0 || ahead * options_.block_bytes >= stock * options_.page_bytes) return;
+    if (leases_.pressed() || monotonic_ns() - last_stock_miss_ns_ < kStockRetryNs) return;
+    const auto wanted = static_cast<std::uint32_t>(
+        std::max<std::uint64_t>(1, stock * options_.page_bytes / options_.block_bytes) - ahead);
+    Status why;
+    if (!grow(std::max<std::uint32_t>(1, wanted), false, &why)) last_stock_miss_ns_ = monotonic_ns();
+}
+
+bool Pool::ensure_fast(std::uint32_t n) {
+    const std::scoped_lock lock(mutex_);
+    poll_locked();
+    if (free_blocks_.count() < n) return false;
+    keep_stock();
+    return true;
+}
+
+std::uint32_t Pool::ensure(std::uint32_t n) {
+    std::unique_lock lock(mutex_);
+    return ensure_locked(n, lock);
+}
+
+std::uint32_t Pool::ensure_locked(std::uint32_t n, std::unique_lock<std::mutex> &lock) {
+    poll_locked();
+    if (free_blocks_.count() >= n) {
+        keep_stock();
+        return available();
+    }
+    const std::uint64_t start = monotonic_ns();
+    const std::uint64_t failures = map_failures_;
+    bool rang = false, counted = false;
+    while (free_blocks_.count() < n) {
+        if (map_failures_ != failures && coming_ == 0) break;  // a driver that refuses is not asked in a loop
+        const std::uint64_t waited_us = (monotonic_ns() - start) / 1000;
+        const std::uint64_t have = free_blocks_.count() + coming_;
+        const std::uint32_t seen_freed = leases_.freed_word();
+        Status why;
+        if (have < n && !grow(static_cast<std::uint32_t>(n - have), rang, &why)) {
+            if (!counted) ++counters_.misses;
+            counted = true;
+            const bool own_cache_covers = have + lru_.count() >= n;
+            if (why.code() == Code::unavailable && !rang) {
+                rang = true;
+                continue;  // once more, with the bell: the demand is on the ledger from here on
+            }
+            if (own_cache_covers) {
+                if (!grow_partly(static_cast<std::uint32_t>(n - have)) && coming_ == 0) break;
+            } else if (why.code() != Code::unavailable || waited_us >= options_.give_back_wait_us) {
+                if (coming_ == 0) break;
+            } else if (coming_ == 0) {
+                lock.unlock();
+                leases_.wait_freed(seen_freed, std::min(kWaitSliceUs, options_.give_back_wait_us - waited_us));
+                lock.lock();
+                poll_locked();
+                continue;
+            }
+        }
+        if (waited_us >= options_.map_deadline_us) break;
+        if (coming_ != 0 || !transit_.empty()) {
+            const std::uint32_t seen = answers_seen_;
+            lock.unlock();
+            futex_wait(table_->header().answer_bell, seen, kWaitSliceUs);
+            lock.lock();
+        }
+        poll_locked();
+    }
+    if (rang && free_blocks_.count() >= n) leases_.withdraw();  // else the demand stands until it expires
+    touched_.store(true, std::memory_order_relaxed);
+    publish();
+    return available();
+}
+
+Status Pool::wait_ready(std::uint64_t timeout_ms) {
+    const std::uint64_t until = monotonic_ns() + timeout_ms * 1'000'000U;
+    while (true) {
+        std::uint32_t seen = 0, attached = 0;
+        {
+            const std::scoped_lock lock(mutex_);
+            seen = table_->header().answer_bell.load(std::memory_order_acquire);
+            poll_locked();
+            publish();
+            if (state_[0] == BlockState::used) return {};
+            if (map_failures_ != 0)
+                return {Code::out_of_memory, std::string("mapping block 0 failed: ") + table_->rank(0).error};
+        }
+        for (std::uint32_t rank = 0; rank < table_->ranks(); ++rank)
+            attached += table_->rank(rank).state.load() == static_cast<std::uint32_t>(RankState::attached) ? 1 : 0;
+        const std::uint64_t now = monotonic_ns();
+        if (now >= until)
+            return {Code::timeout, "waited " + std::to_string(timeout_ms) + " ms for block 0 on every rank: " +
+                                       std::to_string(attached) + " of " + std::to_string(table_->ranks()) +
+                                       " ranks are attached"};
+        futex_wait(table_->header().answer_bell, seen, std::min<std::uint64_t>(50'000, (until - now) / 1000 + 1));
+    }
+}
+
+}  // namespace elastickv

@@ -1,0 +1,177 @@
+// The pool: which blocks are free, used or cached, and which pages they need.
+//
+// Lives in the process that schedules. Hands out mapped blocks only, lowest address first, so that high extents drain
+// first. Every block operation is O(pages a block spans) plus O(log64 blocks): no scan over pages or blocks.
+// Growing and giving back work by extents: a run of pages behind one driver handle. All methods are thread-safe.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "base/status.hpp"
+#include "memory/page_table.hpp"
+#include "pool/bitmap.hpp"
+#include "pool/leases.hpp"
+#include "pool/lru.hpp"
+
+namespace elastickv {
+
+inline constexpr std::uint64_t kNever = ~std::uint64_t{0};
+
+struct PoolOptions {
+    std::uint32_t num_blocks = 0;
+    std::uint64_t block_bytes = 0;         // one block within one span, in the table's units
+    std::uint64_t page_bytes = 0;          // one page within one span, in the same units
+    std::uint32_t max_extent_pages = 1;
+    std::uint64_t stock_pages = kNever;    // mapped free pages kept ahead of demand; kNever: one extent
+    std::uint64_t idle_release_us = 2'000'000;
+    std::uint64_t cache_release_us = kNever;
+    std::uint64_t give_back_wait_us = 20'000;  // how long an allocation waits for the neighbours
+    std::uint64_t map_deadline_us = 5'000'000; // how long it waits for the mappers
+};
+
+enum class BlockState : std::uint8_t { absent = 0, free = 1, used = 2, cached = 3 };
+
+struct PoolStats {
+    std::uint32_t num_blocks = 0, free = 0, used = 0, cached = 0, coming = 0;
+    PageUsage pages;
+    std::uint64_t extents = 0, lost_pages = 0, tickets = 0, map_failures = 0;
+    std::uint64_t grown_extents = 0, returned_extents = 0;
+    Counters counters;
+};
+
+class Pool {
+  public:
+    static Result<std::unique_ptr<Pool>> make(std::shared_ptr<PageTable> table, std::vector<Leases::Share> shares,
+                                              const PoolOptions &options);
+    ~Pool();
+
+    // Has `n` blocks available if it can: maps more under a lease, else counts the own cache, else asks the
+    // neighbours and waits give_back_wait. Returns the blocks available now (mapped free + cached); never fails.
+    std::uint32_t ensure(std::uint32_t n);
+    // The same where it needs no waiting: true when `n` mapped free blocks are there already.
+    bool ensure_fast(std::uint32_t n);
+    std::uint32_t available() const noexcept;
+    std::uint32_t used() const noexcept { return used_blocks_.load(std::memory_order_relaxed); }
+
+    // Takes out.size() blocks: free ones lowest first, then the oldest cached ones, which stand last; returns how many
+    // those are (their owner must forget what they held). Takes none and returns invalid when too few are available.
+    Result<std::uint32_t> take(std::span<std::uint32_t> out);
+    // Used → free or cached (newest, in order). invalid, with nothing changed, if one of them is not in use.
+    Status release(std::span<const std::uint32_t> ids, bool cached);
+    Status touch(std::uint32_t id);                          // cached → used
+    Status uncache(std::span<const std::uint32_t> ids);      // cached → free; other states are left alone
+    // ensure + take in one, or nothing: false means "none now".
+    bool alloc(std::span<std::uint32_t> out, std::uint32_t *evicted);
+
+    // Does what is asked: acknowledges limits, gives back, evicts (the returned blocks are free: forget their
+    // contents at once), releases when idle. A ticket that grew must reach the ranks.
+    std::vector<std::uint32_t> maintain(bool idle);
+    bool attention() noexcept;
+    std::uint64_t ticket() const noexcept { return table_->header().ticket.load(std::memory_order_acquire); }
+    std::uint64_t next_deadline_us(bool idle);
+    void mark_active() noexcept { touched_.store(true, std::memory_order_relaxed); }
+    // Reads the ranks' answers; ensure and maintain do it too.
+    void poll();
+
+    Status check_integrity();
+    PoolStats stats();
+    const PoolOptions &options() const noexcept { return options_; }
+    Leases &leases() noexcept { return leases_; }
+    PageTable &table() noexcept { return *table_; }
+    // Waits until every rank is attached and block 0 is mapped on all of them.
+    Status wait_ready(std::uint64_t timeout_ms);
+
+  private:
+    enum class Stage : std::uint8_t { none, mapping, mapped, unmapping, rolling_back, lost };
+    struct Extent {
+        std::uint32_t pages = 0;
+        std::uint32_t used = 0, cached = 0;  // blocks of the state that lie on it, whole or in part
+        std::uint32_t generation = 0;
+        Stage stage = Stage::none;
+        std::uint64_t last_use = 0;
+    };
+    struct Run {
+        std::uint32_t first = 0, pages = 0;
+    };
+
+    Pool(std::shared_ptr<PageTable> table, std::vector<Leases::Share> shares, const PoolOptions &options);
+
+    // geometry
+    std::uint32_t first_page(std::uint32_t block) const noexcept {
+        return static_cast<std::uint32_t>(block * options_.block_bytes / options_.page_bytes);
+    }
+    std::uint32_t last_page(std::uint32_t block) const noexcept {
+        return static_cast<std::uint32_t>(((block + 1ULL) * options_.block_bytes - 1) / options_.page_bytes);
+    }
+    std::uint32_t first_block(std::uint32_t page) const noexcept {
+        return static_cast<std::uint32_t>(page * options_.page_bytes / options_.block_bytes);
+    }
+    std::uint32_t last_block(std::uint32_t page) const noexcept;
+    std::uint32_t pages_of_block_in(std::uint32_t block, const Run &run) const noexcept;
+
+    // block states (pool.cpp)
+    void set_state(std::uint32_t block, BlockState to) noexcept;
+    void count_on_extents(std::uint32_t block, BlockState state, int delta) noexcept;
+    void reclass(std::uint32_t head) noexcept;
+    void publish() noexcept;
+    void take_locked(std::span<std::uint32_t> out, std::uint32_t *evicted) noexcept;
+
+    // growing (grow.cpp)
+    std::uint32_t extent_target() const noexcept;
+    std::vector<Run> plan(std::uint32_t blocks, std::uint64_t most_pages) const;
+    void order_map(const Run &run);
+    bool grow(std::uint32_t shortfall, bool ring, Status *why);
+    bool grow_partly(std::uint32_t shortfall);
+    void keep_stock();
+    std::uint32_t ensure_locked(std::uint32_t n, std::unique_lock<std::mutex> &lock);
+    bool poll_locked();
+    bool settle(std::uint32_t head);
+    void became_mapped(std::uint32_t head);
+    void became_absent(std::uint32_t head);
+
+    // giving back (give.cpp)
+    void order_unmap(std::uint32_t head, bool fenced, std::uint64_t ticket);
+    std::uint64_t give_free(std::uint64_t pages, std::uint64_t keep, std::uint64_t ticket);
+    std::uint64_t evict_extents(std::uint64_t pages, std::uint64_t keep, std::uint64_t ticket,
+                                std::vector<std::uint32_t> &evicted);
+
+    void note_activity(std::uint64_t now) noexcept;
+
+    Status check_blocks() const;
+    Status check_extents() const;
+
+    const std::shared_ptr<PageTable> table_;
+    const PoolOptions options_;
+    Leases leases_;
+    std::uint32_t num_pages_ = 0;
+
+    mutable std::mutex mutex_;
+    std::vector<BlockState> state_;
+    std::vector<std::uint16_t> missing_;  // pages of the block that are not even ordered
+    std::vector<std::uint16_t> unready_;  // pages of the block that are not mapped
+    Bitmap free_blocks_;
+    Lru lru_;
+    std::vector<Extent> extents_;         // by first page
+    std::vector<std::uint32_t> head_of_;  // by page; valid while the page is in an extent
+    Bitmap absent_pages_, empty_extents_, heads_;
+    std::vector<std::uint32_t> transit_;  // heads whose order is not answered yet
+    std::uint32_t answers_seen_ = 0;
+    std::uint32_t coming_ = 0;            // blocks whose pages are all mapped or ordered, not all mapped
+    std::uint64_t held_pages_ = 0;        // mapping or mapped
+    PageUsage usage_;
+    std::uint64_t ticks_ = 0, last_active_ns_ = 0, last_stock_miss_ns_ = 0;
+    bool released_free_ = false, released_cache_ = false;  // by the idle clock, since the last activity
+    std::uint64_t lost_pages_ = 0, map_failures_ = 0, grown_ = 0, returned_ = 0;
+    Counters counters_;
+    std::atomic<std::uint32_t> used_blocks_{0}, available_{0};
+    std::atomic<std::uint64_t> maintain_again_ns_{0};
+    std::atomic<bool> touched_{true};
+};
+
+}  // namespace elastickv
