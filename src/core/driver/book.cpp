@@ -20,8 +20,9 @@ Status invalid(std::string text) { return {Code::invalid, std::move(text)}; }
 
 Status Book::check_size(const char *call, std::uint64_t bytes) const {
     if (bytes != 0 && bytes % granularity_ == 0) return {};
-    return invalid(std::string(call) + ": " + std::to_string(bytes) + " bytes is not a positive multiple of the page, " +
-                   human_bytes(granularity_) + "; round the size up to whole pages");
+    return invalid(std::string(call) + ": " + std::to_string(bytes) +
+                   " bytes is not a positive multiple of the page, " + human_bytes(granularity_) +
+                   "; round the size up to whole pages");
 }
 
 // Size, alignment, and inside one reservation. Requires the lock.
@@ -100,8 +101,8 @@ Result<Book::Memory> Book::take_memory(PhysicalId id) {
                        " is not known to this driver: it was never created, or released before");
     }
     if (found->second.mappings != 0) {
-        return invalid("release: memory " + std::to_string(id) + " of " + human_bytes(found->second.bytes) + " is mapped " +
-                       std::to_string(found->second.mappings) + " times; unmap it first");
+        return invalid("release: memory " + std::to_string(id) + " of " + human_bytes(found->second.bytes) +
+                       " is mapped " + std::to_string(found->second.mappings) + " times; unmap it first");
     }
     const Memory memory = found->second;
     memory_.erase(found);
@@ -173,8 +174,9 @@ Status Book::begin_access(Address address, std::uint64_t bytes, bool *fresh) {
         covered += last->second.bytes;
     }
     if (covered != bytes) {
-        return invalid("set_access: the range " + range_text(address, bytes) +
-                       " is not made of whole mappings at rest; map() it first, and do not change it from two threads at once");
+        return invalid(
+            "set_access: the range " + range_text(address, bytes) +
+            " is not made of whole mappings at rest; map() it first, and do not change it from two threads at once");
     }
     for (auto it = first; it != last; ++it) {
         it->second.busy = true;
@@ -216,6 +218,15 @@ void Book::end_unmap(Address address, bool unmapped) {
     } else {
         found->second.busy = false;
     }
+}
+
+Book::Remains Book::remains() const {
+    std::lock_guard guard(mutex_);
+    Remains remains;
+    for (const auto &[address, mapping] : mappings_) remains.mappings.emplace_back(address, mapping.bytes);
+    for (const auto &[address, bytes] : reservations_) remains.reservations.emplace_back(address, bytes);
+    for (const auto &[id, memory] : memory_) remains.keys.push_back(memory.key);
+    return remains;
 }
 
 DriverStats Book::stats() const {

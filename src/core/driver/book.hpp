@@ -3,13 +3,16 @@
 // Shared by the host and the CUDA driver, so that both refuse the same mistakes with the same texts. Every change is
 // made in two steps, begin and end, around the system call, and the lock is held in neither of them while a system
 // call runs. An entry that another call is working on is refused, so two racing calls on one range cannot both pass.
-// All sizes and addresses are bytes. Thread-safe. Each call is O(log n), except those over a range of k mappings: O(k + log n).
+// All sizes and addresses are bytes. Thread-safe. Each call is O(log n), except those over a range of k mappings: O(k +
+// log n).
 #pragma once
 
 #include <cstdint>
 #include <map>
 #include <mutex>
 #include <unordered_map>
+#include <utility>
+#include <vector>
 
 #include "base/status.hpp"
 #include "driver/driver.hpp"
@@ -52,6 +55,14 @@ class Book {
     // The range must be exactly what one begin_map() named.
     Status begin_unmap(Address address, std::uint64_t bytes);
     void end_unmap(Address address, bool unmapped);
+
+    // Everything still held, for a driver that is being destroyed: what was never given back, or could not be.
+    struct Remains {
+        std::vector<std::pair<Address, std::uint64_t>> mappings, reservations;
+        std::vector<std::uint64_t> keys;  // of memory
+        bool empty() const noexcept { return mappings.empty() && reservations.empty() && keys.empty(); }
+    };
+    Remains remains() const;
 
     DriverStats stats() const;
     std::uint64_t created_bytes() const;

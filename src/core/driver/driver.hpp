@@ -43,8 +43,8 @@ class Driver {
   public:
     virtual ~Driver() = default;
 
-    virtual std::string name() const = 0;         // "host", "cuda"
-    virtual std::string device_id() const = 0;    // "host", or the GPU's UUID ("GPU-…")
+    virtual std::string name() const = 0;                    // "host", "cuda"
+    virtual std::string device_id() const = 0;               // "host", or the GPU's UUID ("GPU-…")
     virtual std::uint64_t granularity() const noexcept = 0;  // bytes; the page
 
     // Addresses only: no memory behind them. An access faults.

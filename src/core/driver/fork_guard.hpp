@@ -1,7 +1,8 @@
 // What a fork() does to drivers: the child owns nothing of them.
 //
-// Every driver is told before a fork (it takes its locks, so that nothing is half changed in the child), and after it in
-// parent and child. In the child a driver drops what it holds at once, so memory never outlives the parent in a child.
+// Every driver is told before a fork (it takes its locks, so that nothing is half changed in the child), and after it
+// in parent and child. In the child a driver drops what it holds at once, so memory never outlives the parent in a
+// child.
 #pragma once
 
 namespace elastickv {

@@ -79,9 +79,7 @@ class Physical {
     }
     Physical() noexcept = default;
     Physical(Physical &&other) noexcept
-        : driver_(std::move(other.driver_)),
-          id_(std::exchange(other.id_, 0)),
-          bytes_(std::exchange(other.bytes_, 0)) {}
+        : driver_(std::move(other.driver_)), id_(std::exchange(other.id_, 0)), bytes_(std::exchange(other.bytes_, 0)) {}
     Physical &operator=(Physical &&other) noexcept {
         Physical taken(std::move(other));
         swap(taken);

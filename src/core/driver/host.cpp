@@ -11,6 +11,7 @@
 
 #include "driver/book.hpp"
 #include "driver/fork_guard.hpp"
+#include "driver/handles.hpp"
 #include "driver/host_file.hpp"
 #include "driver/host_memory.hpp"
 #include "driver/text.hpp"
@@ -41,13 +42,15 @@ Status forked(const char *call) {
 
 // What a failed mmap or mprotect means: the only ordinary cause is the number of mappings.
 Status map_failure(const char *call, Address address, std::uint64_t bytes, int error) {
-    const std::string text = std::string(call) + ": " + human_bytes(bytes) + " at " + hex(address) + " failed: " + errno_text(error);
+    const std::string text =
+        std::string(call) + ": " + human_bytes(bytes) + " at " + hex(address) + " failed: " + errno_text(error);
     if (error != ENOMEM) return {Code::driver, text};
     return {Code::out_of_memory, text + "; raise vm.max_map_count, or use larger pages (page_bytes)"};
 }
 
-// Puts bare addresses over whatever is in the range, in one step: at no moment could another mapping of the process slip
-// in. Returns an errno, 0 when done. That a child might inherit bare addresses costs nothing, so DONTFORK may fail there.
+// Puts bare addresses over whatever is in the range, in one step: at no moment could another mapping of the process
+// slip in. Returns an errno, 0 when done. That a child might inherit bare addresses costs nothing, so DONTFORK may fail
+// there.
 int cover(Address address, std::uint64_t bytes) {
     constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
     void *at = ::mmap(pointer(address), bytes, PROT_NONE, kFlags, -1, 0);
@@ -94,7 +97,17 @@ class HostDriver final : public Driver, public ForkAware {
     std::atomic<bool> forked_{false};
 };
 
-HostDriver::~HostDriver() { ignore_forks(); }
+// Whatever was not given back goes now; the memory itself goes with the file once nothing maps it.
+HostDriver::~HostDriver() {
+    ignore_forks();
+    const Status status = no_throw([&]() -> Status {
+        for (const auto &[address, bytes] : book_.remains().reservations) {
+            if (::munmap(pointer(address), bytes) != 0) return map_failure("closing", address, bytes, errno);
+        }
+        return {};
+    });
+    detail::count_leak(status);
+}
 
 Status HostDriver::open() {
     Status status = file_.open();
@@ -110,9 +123,9 @@ Result<Address> HostDriver::reserve(std::uint64_t bytes) noexcept {
         // A page that is no multiple of 2 MiB but larger than it cannot have both; the page decides.
         const std::uint64_t step = align % page_bytes_ == 0 ? align : page_bytes_;
         const std::uint64_t length = bytes + step;
-        void *raw = length < bytes ? MAP_FAILED
-                                   : ::mmap(nullptr, length, PROT_NONE,
-                                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        void *raw = length < bytes
+                        ? MAP_FAILED
+                        : ::mmap(nullptr, length, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (raw == MAP_FAILED) {
             return Status(Code::out_of_memory, "reserve: " + human_bytes(bytes) + " of addresses failed: " +
                                                    errno_text(length < bytes ? EOVERFLOW : errno) +
@@ -147,8 +160,8 @@ Status HostDriver::check_budget(std::uint64_t bytes) {
     std::uint64_t held = created_.load();
     do {
         if (bytes > total_bytes_ || held > total_bytes_ - bytes) {
-            return {Code::out_of_memory, "create: " + human_bytes(bytes) + " of host memory do not fit: " + human_bytes(held) +
-                                             " of this driver's " + human_bytes(total_bytes_) +
+            return {Code::out_of_memory, "create: " + human_bytes(bytes) + " of host memory do not fit: " +
+                                             human_bytes(held) + " of this driver's " + human_bytes(total_bytes_) +
                                              " are created; release some, or open the driver with more total_bytes"};
         }
     } while (!created_.compare_exchange_weak(held, held + bytes));
@@ -170,7 +183,8 @@ Result<PhysicalId> HostDriver::create(std::uint64_t bytes) noexcept {
             return offset.status();
         }
         Result<PhysicalId> id = book_.add_memory(bytes, *offset, true);
-        if (!id.ok() && file_.give(*offset, bytes).ok()) created_ -= bytes;  // else it stays counted, for it stays created
+        if (!id.ok() && file_.give(*offset, bytes).ok())
+            created_ -= bytes;  // else it stays counted, for it stays created
         return id;
     });
 }
@@ -273,14 +287,15 @@ Result<std::shared_ptr<Driver>> make_host_driver(const HostOptions &options) {
         const std::uint64_t multiple = std::max(kPageMultiple, system_page);
         if (options.page_bytes == 0 || options.page_bytes % multiple != 0) {
             return Status(Code::invalid, "page_bytes of " + std::to_string(options.page_bytes) +
-                                             " for the host driver is not a positive multiple of " + std::to_string(multiple) +
-                                             "; 65536 is the default");
+                                             " for the host driver is not a positive multiple of " +
+                                             std::to_string(multiple) + "; 65536 is the default");
         }
         HostOptions full = options;
         if (full.total_bytes == 0) full.total_bytes = physical_host_bytes();
         if (full.total_bytes < full.page_bytes) {
             return Status(Code::invalid, "total_bytes of " + human_bytes(full.total_bytes) +
-                                             " for the host driver is less than one page, " + human_bytes(full.page_bytes));
+                                             " for the host driver is less than one page, " +
+                                             human_bytes(full.page_bytes));
         }
         auto driver = std::make_shared<HostDriver>(full);
         if (Status status = driver->open(); !status.ok()) return status;

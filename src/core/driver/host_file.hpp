@@ -1,8 +1,8 @@
 // The host driver's physical memory: ranges of one memfd.
 //
-// take() really allocates, so running out is a status here and never a SIGBUS at an access later. give() punches a hole:
-// the kernel has the pages back at once, whoever else still holds the file open, and the range reads as zero when it is
-// taken again. Holes are reused smallest fit first, lowest offset among equals. Thread-safe; O(log n).
+// take() really allocates, so running out is a status here and never a SIGBUS at an access later. give() punches a
+// hole: the kernel has the pages back at once, whoever else still holds the file open, and the range reads as zero when
+// it is taken again. Holes are reused smallest fit first, lowest offset among equals. Thread-safe; O(log n).
 #pragma once
 
 #include <cstdint>
@@ -42,10 +42,10 @@ class HostFile {
 
     mutable std::mutex mutex_;
     int fd_ = -1;
-    std::uint64_t end_ = 0;   // everything from here on is free
-    std::uint64_t size_ = 0;  // of the file, only ever grown
-    std::map<std::uint64_t, std::uint64_t> by_offset_;            // holes: offset -> bytes
-    std::set<std::pair<std::uint64_t, std::uint64_t>> by_size_;   // the same holes: (bytes, offset)
+    std::uint64_t end_ = 0;                                      // everything from here on is free
+    std::uint64_t size_ = 0;                                     // of the file, only ever grown
+    std::map<std::uint64_t, std::uint64_t> by_offset_;           // holes: offset -> bytes
+    std::set<std::pair<std::uint64_t, std::uint64_t>> by_size_;  // the same holes: (bytes, offset)
 };
 
 }  // namespace elastickv

@@ -84,13 +84,13 @@ bool group_limited() {
 }  // namespace
 
 std::uint64_t physical_host_bytes() {
-    struct sysinfo info {};
+    struct sysinfo info{};
     if (::sysinfo(&info) != 0) return group_bytes().limit;
     return std::min(std::uint64_t{info.totalram} * info.mem_unit, group_bytes().limit);
 }
 
 std::uint64_t available_host_bytes(std::uint64_t enough) {
-    struct sysinfo info {};
+    struct sysinfo info{};
     const std::uint64_t group = group_limited() ? group_bytes().available : kUnlimited;
     if (::sysinfo(&info) == 0) {
         // Free pages alone are a lower bound of what is available, less the kernel's small reserve.

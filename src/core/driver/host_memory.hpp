@@ -8,8 +8,8 @@ namespace elastickv {
 // The machine's RAM, or the control group's limit where that is lower.
 std::uint64_t physical_host_bytes();
 
-// What could be allocated now without an out-of-memory kill, as far as the kernel tells. `enough`: an answer of this many
-// bytes needs no exact figure (then a single cheap call may do).
+// What could be allocated now without an out-of-memory kill, as far as the kernel tells. `enough`: an answer of this
+// many bytes needs no exact figure (then a single cheap call may do).
 std::uint64_t available_host_bytes(std::uint64_t enough);
 
 }  // namespace elastickv
