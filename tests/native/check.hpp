@@ -24,6 +24,16 @@ struct Register {
 struct Failure {
     std::string text;
 };
+// Text of a value; lists by their members.
+template <class T> std::string show(const T &value) {
+    std::ostringstream out;
+    if constexpr (requires { out << value; }) {
+        out << value;
+    } else {
+        for (const auto &member : value) out << member << ' ';
+    }
+    return out.str();
+}
 [[noreturn]] inline void fail(const char *file, int line, const std::string &text) {
     std::ostringstream out;
     out << file << ':' << line << ": " << text;
@@ -45,11 +55,11 @@ struct Failure {
     } while (false)
 #define CHECK_EQ(a, b)                                                                             \
     do {                                                                                           \
-        const auto &check_left = (a);                                                              \
-        const auto &check_right = (b);                                                             \
+        const auto check_left = (a);                                                               \
+        const auto check_right = (b);                                                              \
         if (!(check_left == check_right)) {                                                        \
             std::ostringstream check_out;                                                          \
-            check_out << #a " == " #b ": " << check_left << " != " << check_right;                 \
+            check_out << #a " == " #b ": " << check::show(check_left) << " != " << check::show(check_right); \
             check::fail(__FILE__, __LINE__, check_out.str());                                      \
         }                                                                                          \
     } while (false)

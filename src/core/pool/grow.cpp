@@ -15,21 +15,21 @@ constexpr std::uint64_t kStockRetryNs = 50'000'000;  // after a refusal the stoc
 }  // namespace
 
 // An extent is at most about 1/16 of what is held, so its slack stays under 1/16 too (docs/design.md).
-std::uint32_t Pool::extent_target() const noexcept {
-    const std::uint64_t share = std::bit_floor(std::max<std::uint64_t>(1, held_pages_ / 16));
+std::uint32_t Pool::extent_target(std::uint64_t held) const noexcept {
+    const std::uint64_t share = std::bit_floor(std::max<std::uint64_t>(1, held / 16));
     return static_cast<std::uint32_t>(std::min<std::uint64_t>(share, options_.max_extent_pages));
 }
 
 // The lowest absent pages that make `blocks` more blocks whole, as extents; fewer if the range or most_pages ends.
 std::vector<Pool::Run> Pool::plan(std::uint32_t blocks, std::uint64_t most_pages) const {
     std::vector<Run> runs;
-    const std::uint32_t target = extent_target();
+    std::uint64_t held = held_pages_;
     std::uint32_t whole = 0;
     std::uint32_t partial_block = 0, partial_left = 0;  // a block cut by the end of the previous run
     std::uint64_t page = absent_pages_.first_from(0);
     while (whole < blocks && page != Bitmap::npos && most_pages > 0) {
         Run run{static_cast<std::uint32_t>(page), 0};
-        const std::uint64_t longest = std::min<std::uint64_t>({target, most_pages, num_pages_ - page});
+        const std::uint64_t longest = std::min<std::uint64_t>({extent_target(held), most_pages, num_pages_ - page});
         while (run.pages < longest && absent_pages_.contains(page + run.pages)) ++run.pages;
         for (std::uint32_t block = first_block(run.first); block <= last_block(run.first + run.pages - 1); ++block) {
             std::uint32_t left = missing_[block];
@@ -40,6 +40,7 @@ std::vector<Pool::Run> Pool::plan(std::uint32_t blocks, std::uint64_t most_pages
             partial_left = left;
         }
         most_pages -= run.pages;
+        held += run.pages;
         page = absent_pages_.first_from(page + run.pages);
         runs.push_back(run);
     }
@@ -190,7 +191,7 @@ bool Pool::grow_partly(std::uint32_t shortfall) {
 
 // Maps ahead of demand while nobody else wants the memory. Never waits, never rings.
 void Pool::keep_stock() {
-    const std::uint64_t stock = options_.stock_pages == kNever ? extent_target() : options_.stock_pages;
+    const std::uint64_t stock = options_.stock_pages == kNever ? extent_target(held_pages_) : options_.stock_pages;
     const std::uint64_t ahead = free_blocks_.count() + coming_;
     if (stock == 0 || ahead * options_.block_bytes >= stock * options_.page_bytes) return;
     if (leases_.pressed() || monotonic_ns() - last_stock_miss_ns_ < kStockRetryNs) return;

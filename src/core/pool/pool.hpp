@@ -123,7 +123,7 @@ class Pool {
     void take_locked(std::span<std::uint32_t> out, std::uint32_t *evicted) noexcept;
 
     // growing (grow.cpp)
-    std::uint32_t extent_target() const noexcept;
+    std::uint32_t extent_target(std::uint64_t held) const noexcept;
     std::vector<Run> plan(std::uint32_t blocks, std::uint64_t most_pages) const;
     void order_map(const Run &run);
     bool grow(std::uint32_t shortfall, bool ring, Status *why);

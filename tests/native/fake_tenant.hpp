@@ -1,0 +1,89 @@
+// A tenant without a ledger: one budget in this process, so that the pool can be tested alone.
+#pragma once
+
+#include <atomic>
+#include <memory>
+
+#include "base/futex.hpp"
+#include "ledger/ledger.hpp"
+
+namespace elastickv {
+
+struct Budget {
+    std::uint64_t capacity = 0;
+    std::atomic<std::uint64_t> leased{0};
+    std::atomic<std::uint32_t> freed{0};
+};
+
+class FakeTenant : public Tenant {
+  public:
+    explicit FakeTenant(std::shared_ptr<Budget> budget) : budget_(std::move(budget)) {}
+    int slot() const noexcept override { return 0; }
+    std::uint64_t incarnation() const noexcept override { return 7; }
+    const std::shared_ptr<Ledger> &ledger() const noexcept override { return none_; }
+    Status lease(std::uint64_t bytes, bool ring) override {
+        std::uint64_t now = budget_->leased.load();
+        do {
+            if (leased_.load() + bytes > limit.bytes) return {Code::limit, "limit"};
+            if (now + bytes > budget_->capacity) {
+                if (ring) ++rings;
+                return {Code::unavailable, "none now"};
+            }
+        } while (!budget_->leased.compare_exchange_weak(now, now + bytes));
+        leased_.fetch_add(bytes);
+        return {};
+    }
+    Status lease_static(std::uint64_t bytes, bool ring) override { return lease(bytes, ring); }
+    void give(std::uint64_t bytes) noexcept override {
+        leased_.fetch_sub(bytes);
+        budget_->leased.fetch_sub(bytes);
+        futex_ring(budget_->freed);
+    }
+    void give_static(std::uint64_t bytes) noexcept override { give(bytes); }
+    void withdraw_demand() noexcept override {}
+    std::uint32_t freed_word() const noexcept override { return budget_->freed.load(); }
+    std::uint32_t wait_freed(std::uint32_t seen, std::uint64_t us) noexcept override {
+        futex_wait(budget_->freed, seen, us);
+        return budget_->freed.load();
+    }
+    std::uint32_t bell_word() const noexcept override { return bell_.load(); }
+    std::uint32_t wait_bell(std::uint32_t seen, std::uint64_t us) noexcept override {
+        futex_wait(bell_, seen, us);
+        return bell_.load();
+    }
+    void ring_self() noexcept override { futex_ring(bell_); }
+    Ask ask() override {
+        Ask out = asked;
+        out.over_limit = leased_.load() > limit.bytes ? leased_.load() - limit.bytes : 0;
+        return out;
+    }
+    bool pressed() noexcept override {
+        return asked.cached != 0 || asked.mapped_free != 0 || limit.revision != held.revision;
+    }
+    void answered() noexcept override { asked = {}; }
+    Limit limit_wanted() const noexcept override { return limit; }
+    Limit limit_held() const noexcept override { return held; }
+    void acknowledge_limit(const Limit &now) noexcept override { held = now; }
+    std::uint64_t leased() const noexcept override { return leased_.load(); }
+    std::uint64_t floor() const noexcept override { return floor_bytes; }
+    std::uint64_t headroom() override {
+        return std::min(budget_->capacity - budget_->leased.load(), limit.bytes - std::min(limit.bytes, leased_.load()));
+    }
+    void publish(const Usage &now, const Counters &) noexcept override { usage = now; }
+    void add_mapped(std::int64_t bytes) noexcept override { mapped.fetch_add(bytes); }
+
+    Ask asked;
+    Limit limit, held;
+    std::uint64_t floor_bytes = 0;
+    Usage usage;
+    std::atomic<std::int64_t> mapped{0};
+    int rings = 0;
+
+  private:
+    std::shared_ptr<Budget> budget_;
+    std::shared_ptr<Ledger> none_;
+    std::atomic<std::uint64_t> leased_{0};
+    std::atomic<std::uint32_t> bell_{0};
+};
+
+}  // namespace elastickv
