@@ -164,6 +164,7 @@ void bind_pool(nb::module_ &module) {
             nb::arg("seen"), nb::arg("timeout_us"), nb::call_guard<nb::gil_scoped_release>())
         .def("check_integrity",
              [](Pool &self) { check(without_gil([&] { return self.check_integrity(); })); })
+        .def("close", &Pool::close)
         .def("stats", &stats);
     bind_block_operations(pool);
     bind_block_objects(module);

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <memory>
+#include <mutex>
 
 #include "base/futex.hpp"
 #include "ledger/ledger.hpp"
@@ -52,19 +53,26 @@ class FakeTenant : public Tenant {
         return bell_.load();
     }
     void ring_self() noexcept override { futex_ring(bell_); }
+    void set_asked(const Ask &ask) {
+        const std::scoped_lock lock(mutex_);
+        asked_ = ask;
+    }
     Ask ask() override {
-        Ask out = asked;
+        const std::scoped_lock lock(mutex_);
+        Ask out = asked_;
         out.over_limit = leased_.load() > limit.bytes ? leased_.load() - limit.bytes : 0;
         return out;
     }
     bool pressed() noexcept override {
-        return asked.cached != 0 || asked.mapped_free != 0 || limit.revision != held.revision;
+        const std::scoped_lock lock(mutex_);
+        return asked_.cached != 0 || asked_.mapped_free != 0 || limit.revision != held.revision;
     }
-    void answered() noexcept override { asked = {}; }
+    void answered() noexcept override { set_asked({}); }
     Limit limit_wanted() const noexcept override { return limit; }
     Limit limit_held() const noexcept override { return held; }
     void acknowledge_limit(const Limit &now) noexcept override { held = now; }
     std::uint64_t leased() const noexcept override { return leased_.load(); }
+    std::uint64_t static_bytes() const noexcept override { return 0; }
     std::uint64_t floor() const noexcept override { return floor_bytes; }
     std::uint64_t headroom() override {
         return std::min(budget_->capacity - budget_->leased.load(), limit.bytes - std::min(limit.bytes, leased_.load()));
@@ -72,7 +80,6 @@ class FakeTenant : public Tenant {
     void publish(const Usage &now, const Counters &) noexcept override { usage = now; }
     void add_mapped(std::int64_t bytes) noexcept override { mapped.fetch_add(bytes); }
 
-    Ask asked;
     Limit limit, held;
     std::uint64_t floor_bytes = 0;
     Usage usage;
@@ -80,6 +87,8 @@ class FakeTenant : public Tenant {
     int rings = 0;
 
   private:
+    std::mutex mutex_;
+    Ask asked_;
     std::shared_ptr<Budget> budget_;
     std::shared_ptr<Ledger> none_;
     std::atomic<std::uint64_t> leased_{0};

@@ -126,7 +126,7 @@ TEST("pool: pressure takes free pages first, then the least recently used extent
     const auto a = world.alloc(4), b = world.alloc(4), c = world.alloc(4);
     CHECK_OK(world.pool->release(a, true));
     CHECK_OK(world.pool->release(c, false));
-    world.tenant->asked = {4 * world.page_cost, 2 * world.page_cost};
+    world.tenant->set_asked({4 * world.page_cost, 2 * world.page_cost, 0, 0});
     CHECK(world.pool->attention());
     const auto evicted = world.pool->maintain(false);
     CHECK_EQ(evicted, (std::vector<std::uint32_t>{a[0], a[1]}));
@@ -266,7 +266,7 @@ TEST("pool: random work by two threads, every promise checked") {
     std::thread steward([&] {
         std::mt19937 random(2);
         while (!stop) {
-            world.tenant->asked = {random() % 8 * world.page_cost, random() % 8 * world.page_cost};
+            world.tenant->set_asked({random() % 8 * world.page_cost, random() % 8 * world.page_cost, 0, 0});
             world.pool->maintain(random() % 2 != 0);
             for (auto &rank : world.ranks)
                 if (!rank->fence(world.pool->ticket(), 0).ok()) std::abort();

@@ -15,6 +15,7 @@ const char *code_name(Code code) noexcept {
         case Code::corrupt: return "corrupt";
         case Code::timeout: return "timeout";
         case Code::driver: return "driver";
+        case Code::integrity: return "integrity";
     }
     return "unknown";
 }

@@ -20,6 +20,7 @@ enum class Code : std::uint8_t {
     corrupt,        // a file's contents are not what this version writes
     timeout,        // a deadline passed; the text says for what
     driver,         // any other failure of a driver call
+    integrity,      // our own books do not add up: a bug
 };
 
 const char *code_name(Code code) noexcept;

@@ -87,6 +87,24 @@ void Pool::note_activity(std::uint64_t now) noexcept {
     released_free_ = released_cache_ = false;
 }
 
+void Pool::ordered(std::uint64_t given, std::uint64_t ticket, std::uint64_t now) noexcept {
+    if (given != 0) {
+        table_->header().ticket.store(ticket, std::memory_order_release);
+        table_->ring_ranks();
+    }
+    maintain_again_ns_.store(now + (given != 0 ? 0 : kMaintainPauseNs), std::memory_order_relaxed);
+}
+
+// Before an allocation under pressure: free pages that others have the better claim to go first, so that whoever
+// frees and allocates in a loop cannot keep a page from a neighbour who waits for it. Evicts nothing.
+void Pool::answer_with_free() {
+    const std::uint64_t now = monotonic_ns();
+    if (!leases_.pressed() || now < maintain_again_ns_.load(std::memory_order_relaxed)) return;
+    publish();
+    const std::uint64_t ticket = table_->header().ticket.load(std::memory_order_relaxed) + 1;
+    ordered(give_free(leases_.ask().free, leases_.floor_pages(), ticket), ticket, now);
+}
+
 std::vector<std::uint32_t> Pool::maintain(bool idle) {
     std::vector<std::uint32_t> evicted;
     const std::scoped_lock lock(mutex_);
@@ -118,13 +136,9 @@ std::vector<std::uint32_t> Pool::maintain(bool idle) {
         released_free_ = true;
         released_cache_ = quiet_us >= options_.cache_release_us;
     }
-    if (given != 0) {
-        table_->header().ticket.store(ticket, std::memory_order_release);
-        table_->ring_ranks();
-    }
+    ordered(given, ticket, now);
     if (limit_open) leases_.acknowledge_limits();
     leases_.answered();
-    maintain_again_ns_.store(now + (given != 0 ? 0 : kMaintainPauseNs), std::memory_order_relaxed);
     publish();
     return evicted;
 }

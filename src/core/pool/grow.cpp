@@ -204,7 +204,7 @@ void Pool::keep_stock() {
 bool Pool::ensure_fast(std::uint32_t n) {
     const std::scoped_lock lock(mutex_);
     poll_locked();
-    if (free_blocks_.count() < n) return false;
+    if (free_blocks_.count() < n || attention()) return false;
     keep_stock();
     return true;
 }
@@ -216,6 +216,7 @@ std::uint32_t Pool::ensure(std::uint32_t n) {
 
 std::uint32_t Pool::ensure_locked(std::uint32_t n, std::unique_lock<std::mutex> &lock) {
     poll_locked();
+    answer_with_free();
     if (free_blocks_.count() >= n) {
         keep_stock();
         return available();

@@ -7,7 +7,7 @@
 namespace elastickv {
 namespace {
 
-Status broken(const std::string &text) { return {Code::corrupt, "integrity: " + text}; }
+Status broken(const std::string &text) { return {Code::integrity, "integrity: " + text}; }
 
 }  // namespace
 

@@ -43,7 +43,7 @@ PageAsk Leases::ask() {
     PageAsk sum;
     for (auto &share : shares_) {
         const Ask ask = share.tenant->ask();
-        sum.free = std::max(sum.free, pages_up(ask.mapped_free, share.page_cost));
+        sum.free = std::max(sum.free, pages_up(ask.mapped_free + ask.as_freed, share.page_cost));
         sum.cached = std::max(sum.cached, pages_up(ask.cached, share.page_cost));
         sum.over_limit = std::max(sum.over_limit, pages_up(ask.over_limit, share.page_cost));
     }

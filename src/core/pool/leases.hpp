@@ -10,7 +10,8 @@
 
 namespace elastickv {
 
-// What the policy and the limit ask of the pool, in pages.
+// What the policy and the limit ask of the pool, in pages. `free` counts pages that are free and, where others wait
+// for what is above this tenant's share, pages that become free: they go before they are used again.
 struct PageAsk {
     std::uint64_t free = 0, cached = 0, over_limit = 0;
     bool any() const noexcept { return free != 0 || cached != 0 || over_limit != 0; }

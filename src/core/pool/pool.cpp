@@ -51,7 +51,9 @@ Pool::Pool(std::shared_ptr<PageTable> table, std::vector<Leases::Share> shares, 
     last_active_ns_ = monotonic_ns();
 }
 
-Pool::~Pool() {
+Pool::~Pool() { close(); }
+
+void Pool::close() noexcept {
     table_->header().closed.store(1, std::memory_order_release);
     table_->ring_ranks();
 }

@@ -79,6 +79,9 @@ class Pool {
     // Reads the ranks' answers; ensure and maintain do it too.
     void poll();
 
+    // Tells the ranks to unmap everything, without fences: nothing may use the cache any more. Idempotent.
+    void close() noexcept;
+
     Status check_integrity();
     PoolStats stats();
     const PoolOptions &options() const noexcept { return options_; }
@@ -142,6 +145,8 @@ class Pool {
                                 std::vector<std::uint32_t> &evicted);
 
     void note_activity(std::uint64_t now) noexcept;
+    void ordered(std::uint64_t given, std::uint64_t ticket, std::uint64_t now) noexcept;
+    void answer_with_free();
 
     Status check_blocks() const;
     Status check_extents() const;
