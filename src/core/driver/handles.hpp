@@ -2,6 +2,9 @@
 //
 // Move-only; a moved-from handle owns nothing. One handle must not be used from two threads at once. A destructor whose
 // call fails cannot report it, so it counts it: leaked_calls() is zero in a healthy process.
+//
+// A Mapping must go before the Physical and the Reservation it joins. In a struct, declare it last; and do not
+// move-assign over such a struct while it owns something, for that goes through the members in the other order.
 #pragma once
 
 #include <atomic>
