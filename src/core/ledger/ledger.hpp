@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -17,8 +18,8 @@
 namespace elastickv {
 
 inline constexpr std::uint64_t kNoLimit = ~std::uint64_t{0};
-inline constexpr int kMaxTenants = 64;   // rows of the table
-inline constexpr int kMaxMembers = 64;   // processes of one tenant (scheduler, ranks)
+inline constexpr int kMaxTenants = 64;  // rows of the table
+inline constexpr int kMaxMembers = 64;  // processes of one tenant (scheduler, ranks)
 
 // What a pool reports of itself; bytes. Written by the tenant alone, read by everybody (relaxed atomics).
 struct Usage {
@@ -30,38 +31,38 @@ struct Usage {
 };
 
 struct Counters {
-    std::uint64_t misses = 0;        // leases refused
-    std::uint64_t evicted = 0;       // cached blocks dropped
-    std::uint64_t asked = 0;         // give-backs asked of this tenant
-    std::uint64_t answered = 0;      // give-backs it answered
-    std::uint64_t late = 0;          // asks whose deadline passed first
+    std::uint64_t misses = 0;    // leases refused
+    std::uint64_t evicted = 0;   // cached blocks dropped
+    std::uint64_t asked = 0;     // give-backs asked of this tenant
+    std::uint64_t answered = 0;  // give-backs it answered
+    std::uint64_t late = 0;      // asks whose deadline passed first
 };
 
 struct TenantOptions {
-    std::string name;                    // [A-Za-z0-9._-]{1,63}
-    std::uint64_t floor = 0;             // bytes
-    std::uint64_t limit = kNoLimit;      // bytes; used only if `set_limit`
-    bool set_limit = false;              // false: keep the limit the name has on the ledger from before
-    std::uint32_t weight = 1;            // 1..1000
-    std::int32_t priority = 0;           // higher keeps its cache longer
-    std::string engine;                  // free text, e.g. "vllm 0.32.0"
-    std::string layout;                  // free text, e.g. "layer-outermost 30 spans"
-    std::uint64_t page_bytes = 0;        // informative
+    std::string name;                // [A-Za-z0-9._-]{1,63}
+    std::uint64_t floor = 0;         // bytes of leased + static that stay promised to this tenant
+    std::uint64_t limit = kNoLimit;  // bytes of leased + static at most; used only if `set_limit`
+    bool set_limit = false;          // false: keep the limit the name has on the ledger from before
+    std::uint32_t weight = 1;        // 1..1000
+    std::int32_t priority = 0;       // higher keeps its cache longer
+    std::string engine;              // free text, e.g. "vllm 0.32.0"
+    std::string layout;              // free text, e.g. "layer-outermost 30 spans"
+    std::uint64_t page_bytes = 0;    // informative
 };
 
 struct TenantView {
     int slot = -1;
     std::string name, engine, layout;
     bool alive = false;
-    std::uint64_t incarnation = 0;       // changes with every join
-    std::int64_t pid = 0;                // of the process that joined; informative only
+    std::uint64_t incarnation = 0;  // changes with every join
+    std::int64_t pid = 0;           // of the process that joined; informative only
     std::uint64_t since_unix_ns = 0;
     std::uint64_t floor = 0, leased = 0, static_bytes = 0, mapped = 0;
     std::uint64_t limit_wanted = kNoLimit, limit_wanted_rev = 0, limit_held = kNoLimit, limit_held_rev = 0;
     std::uint32_t weight = 1;
     std::int32_t priority = 0;
-    std::uint64_t demand = 0;            // bytes wanted and refused, still waiting (0 when expired)
-    std::uint64_t demand_ticket = 0;     // order of arrival
+    std::uint64_t demand = 0;         // bytes wanted and refused, still waiting (0 when expired)
+    std::uint64_t demand_ticket = 0;  // order of arrival
     std::uint64_t demand_age_ns = 0;
     std::uint64_t page_bytes = 0;
     Usage usage;
@@ -70,24 +71,26 @@ struct TenantView {
 
 struct LedgerView {
     std::string device;
-    std::uint64_t capacity = 0;          // bytes
-    std::uint64_t unmanaged = 0;         // bytes held by processes that are no tenants
+    std::uint64_t capacity = 0;   // bytes
+    std::uint64_t unmanaged = 0;  // bytes held by processes that are no tenants
     std::uint64_t revision = 0;
-    std::vector<TenantView> tenants;     // rows in use: the living, and names whose limit is kept
+    std::vector<TenantView> tenants;  // rows in use: the living, and names whose limit is kept
 };
 
 // What a tenant should give back now, by the policy (policy.hpp); bytes, rounded up by the giver to its pages.
 struct Ask {
     std::uint64_t mapped_free = 0;
     std::uint64_t cached = 0;
-    std::uint64_t over_limit = 0;        // leased above the limit: must shrink, running requests excepted
+    std::uint64_t over_limit = 0;  // held above the limit: must shrink, running requests excepted
+    std::uint64_t as_freed = 0;    // used bytes above the weighted share that others wait for: to be given back
+                                   // as their pages become free, before they are used again
 };
 
 struct LedgerOptions {
-    std::string directory;               // private: 0700, ours, no symlink; created if absent
-    std::string device;                  // "host" or a GPU UUID
-    std::uint64_t capacity = 0;          // bytes; 0: adopt what the file says (not_found if there is no file)
-    std::uint64_t deadline_ms = 2000;    // for the lock
+    std::string directory;             // private: 0700, ours, no symlink; created if absent
+    std::string device;                // "host" or a GPU UUID
+    std::uint64_t capacity = 0;        // bytes; 0: adopt what the file says (not_found if there is no file)
+    std::uint64_t deadline_ms = 2000;  // for the lock
 };
 
 class Tenant;
@@ -111,8 +114,10 @@ class Ledger : public std::enable_shared_from_this<Ledger> {
     // Orders a limit; returns its revision. Works for dead named tenants too (kept for the restart).
     // invalid: under the floor; not_found: no such name (text lists the names there are).
     virtual Result<std::uint64_t> order_limit(const std::string &name, std::uint64_t bytes) = 0;
-    // Waits until the tenant acknowledged `revision`; timeout / not_found (died) otherwise.
-    virtual Status wait_limit(const std::string &name, std::uint64_t revision, std::uint64_t timeout_ms) = 0;
+    // Waits until the tenant acknowledged `revision`; timeout / not_found (died) otherwise. `interrupted` is asked
+    // every 20 ms or so, with no lock held, and ends the wait (timeout) when it answers true.
+    virtual Status wait_limit(const std::string &name, std::uint64_t revision, std::uint64_t timeout_ms,
+                              const std::function<bool()> &interrupted = {}) = 0;
     // Drops the row of a name that is not alive. exists: alive.
     virtual Status forget(const std::string &name) = 0;
     virtual Status set_unmanaged(std::uint64_t bytes) = 0;
@@ -122,6 +127,9 @@ class Ledger : public std::enable_shared_from_this<Ledger> {
 class Tenant {
   public:
     virtual ~Tenant() = default;
+    // What destruction does, at once: for an object that others still point at. Afterwards calls are denied or do
+    // nothing, as they do in a forked child, which is no member of its parent's tenants.
+    virtual void leave() noexcept {}
     virtual int slot() const noexcept = 0;
     virtual std::uint64_t incarnation() const noexcept = 0;
     virtual const std::shared_ptr<Ledger> &ledger() const noexcept = 0;
@@ -133,7 +141,7 @@ class Tenant {
     virtual Status lease_static(std::uint64_t bytes, bool ring) = 0;
     virtual void give(std::uint64_t bytes) noexcept = 0;
     virtual void give_static(std::uint64_t bytes) noexcept = 0;
-    virtual void withdraw_demand() noexcept = 0;   // no longer waiting
+    virtual void withdraw_demand() noexcept = 0;  // no longer waiting
     // Waits until somebody gave bytes back (or died) since `seen`, or the timeout; returns the new word.
     virtual std::uint32_t freed_word() const noexcept = 0;
     virtual std::uint32_t wait_freed(std::uint32_t seen, std::uint64_t timeout_us) noexcept = 0;
@@ -144,20 +152,24 @@ class Tenant {
     // Wakes waiters of this tenant's bell in this process (to stop a thread).
     virtual void ring_self() noexcept = 0;
 
-    virtual Ask ask() = 0;                         // computed now, from the table, by the policy
-    virtual bool pressed() noexcept = 0;           // cheap hint (no lock): is any neighbour's demand waiting, or a limit order open?
-    virtual void answered() noexcept = 0;          // this tenant has done what ask() said as far as it can
+    virtual Ask ask() = 0;  // computed now, from the table, by the policy
+    virtual bool
+    pressed() noexcept = 0;  // cheap hint (no lock): is any neighbour's demand waiting, or a limit order open?
+    virtual void answered() noexcept = 0;  // this tenant has done what ask() said as far as it can
 
-    struct Limit { std::uint64_t bytes = kNoLimit, revision = 0; };
+    struct Limit {
+        std::uint64_t bytes = kNoLimit, revision = 0;
+    };
     virtual Limit limit_wanted() const noexcept = 0;
     virtual Limit limit_held() const noexcept = 0;
     virtual void acknowledge_limit(const Limit &limit) noexcept = 0;
 
     virtual std::uint64_t leased() const noexcept = 0;
+    virtual std::uint64_t static_bytes() const noexcept { return 0; }
     virtual std::uint64_t floor() const noexcept = 0;
-    virtual std::uint64_t headroom() = 0;          // bytes lease() would grant now
+    virtual std::uint64_t headroom() = 0;                                             // bytes lease() would grant now
     virtual void publish(const Usage &usage, const Counters &counters) noexcept = 0;  // counters: misses/evicted
-    virtual void add_mapped(std::int64_t bytes) noexcept = 0;   // by mappers
+    virtual void add_mapped(std::int64_t bytes) noexcept = 0;                         // by mappers
 };
 
 }  // namespace elastickv

@@ -1,0 +1,150 @@
+// Table: the mutex, the dead, the snapshot.
+#include "ledger/table.hpp"
+
+#include <pthread.h>
+
+#include <cerrno>
+
+#include "base/faultpoint.hpp"
+#include "ledger/alive.hpp"
+#include "ledger/clock.hpp"
+#include "ledger/text.hpp"
+
+namespace elastickv::ledger {
+
+namespace {
+std::uint64_t get(const Word &word) noexcept { return word.load(std::memory_order_relaxed); }
+std::uint64_t amount(const Word &word) noexcept { return std::min(get(word), kMaxBytes); }
+}  // namespace
+
+TableGuard::~TableGuard() {
+    if (table_ == nullptr) return;
+    table_->header().owner_pid.store(0, std::memory_order_relaxed);
+    pthread_mutex_unlock(&table_->header().mutex);
+}
+
+Result<TableGuard> Table::lock(const char *doing) {
+    pthread_mutex_t *mutex = &header().mutex;
+    int error = pthread_mutex_trylock(mutex);
+    if (error == EBUSY) {
+        const timespec until = to_timespec(now_ns() + deadline_ms_ * 1000000);
+        error = pthread_mutex_clocklock(mutex, CLOCK_MONOTONIC, &until);
+    }
+    if (error == ETIMEDOUT) {
+        const std::uint64_t pid = get(header().owner_pid);
+        return Status{Code::timeout, std::string(doing) + ": the lock of ledger '" + path_ + "' was not free within " +
+                                         human_ms(deadline_ms_) + "; taken last by process " +
+                                         (pid == 0 ? std::string("(unknown)") : std::to_string(pid)) +
+                                         ": is it stopped? Continue it or end it"};
+    }
+    if (error != 0 && error != EOWNERDEAD) {
+        return system_error(std::string(doing) + ": cannot lock ledger '" + path_ + "'", error);
+    }
+    header().owner_pid.store(own_pid(), std::memory_order_relaxed);
+    if (error == EOWNERDEAD) repair();
+    return TableGuard{*this};
+}
+
+// The owner died inside. Every write is a single word that means something by itself, so there is nothing to undo:
+// its own row goes with the dead, and what else it was changing is either done or not.
+void Table::repair() {
+    header().repairs.fetch_add(1, std::memory_order_relaxed);
+    reap();
+    for (int slot = 0; slot < kMaxTenants; ++slot) {
+        Row &one = row(slot);
+        if (get(one.named) != 0 && !valid_tenant_name(one.name.load())) one.named.store(0, std::memory_order_relaxed);
+        if (lives(slot) && (get(one.weight) < 1 || get(one.weight) > 1000))
+            one.weight.store(1, std::memory_order_relaxed);
+    }
+    // Only now: a repairer that dies before this line leaves the same task to the next one.
+    pthread_mutex_consistent(&header().mutex);
+    ring_freed();
+}
+
+Result<std::uint64_t> Table::capacity() {
+    std::uint64_t bytes = 0;
+    if (unpack_capacity(header().capacity.load(std::memory_order_acquire), bytes)) return bytes;
+    return Status{Code::corrupt, "'" + path_ +
+                                     "' has a damaged capacity word; stop the engines that use this device "
+                                     "and remove the file"};
+}
+
+void Table::bury(int slot) {
+    Row &one = row(slot);
+    clear_life(one);
+    one.left_ns.store(now_ns(), std::memory_order_relaxed);
+    header().demanders.fetch_and(~(std::uint64_t{1} << slot), std::memory_order_relaxed);
+    header().revision.fetch_add(1, std::memory_order_relaxed);
+    (void)fault::point("ledger.bury.cleared");
+}
+
+int Table::reap() {
+    int buried = 0;
+    for (int slot = 0; slot < kMaxTenants; ++slot) {
+        if (!lives(slot)) continue;
+        if (!slot_alive(alive_.get(), slot)) {
+            bury(slot);
+            ++buried;
+            continue;
+        }
+        for (int member = 0; member < kMaxMembers; ++member) {
+            Word &mapped = row(slot).mapped[static_cast<std::size_t>(member)];
+            if (get(mapped) != 0 && !member_alive(alive_.get(), slot, member))
+                mapped.store(0, std::memory_order_relaxed);
+        }
+    }
+    if (buried > 0) {
+        ring_freed();
+        futex_ring(header().limits);
+    }
+    return buried;
+}
+
+bool Table::anybody_died() noexcept {
+    for (int slot = 0; slot < kMaxTenants; ++slot) {
+        if (lives(slot) && !slot_alive(alive_.get(), slot)) return true;
+    }
+    return false;
+}
+
+policy::Snapshot Table::snapshot(std::uint64_t capacity) {
+    policy::Snapshot snapshot;
+    snapshot.now_ns = now_ns();
+    snapshot.capacity = capacity;
+    snapshot.unmanaged = amount(header().unmanaged);
+    for (int slot = 0; slot < kMaxTenants; ++slot) {
+        if (!lives(slot)) continue;
+        Row &one = row(slot);
+        policy::Claim &claim = snapshot.claims[static_cast<std::size_t>(snapshot.count++)];
+        claim.slot = slot;
+        claim.floor = amount(one.floor);
+        claim.limit = one.limit_wanted.load().bytes;
+        claim.leased = amount(one.leased);
+        claim.static_bytes = amount(one.static_bytes);
+        claim.weight = static_cast<std::uint32_t>(get(one.weight));
+        claim.priority = static_cast<std::int32_t>(get(one.priority));
+        claim.demand = amount(one.demand);
+        claim.ticket = get(one.demand_ticket);
+        claim.demand_since_ns = get(one.demand_since_ns);
+        claim.demand_seen_ns = get(one.demand_seen_ns);
+        claim.used = amount(one.used);
+        claim.cached = amount(one.cached);
+        claim.mapped_free = amount(one.mapped_free);
+        claim.active_ns = get(one.active_ns);
+        claim.ask_open_ns = get(one.ask_open_ns);
+        const std::uint64_t bit = std::uint64_t{1} << slot;
+        if ((get(header().demanders) & bit) != 0 && !policy::demand_alive(claim, snapshot.now_ns)) {
+            header().demanders.fetch_and(~bit, std::memory_order_relaxed);
+        }
+    }
+    return snapshot;
+}
+
+int Table::find_name(const std::string &name) {
+    for (int slot = 0; slot < kMaxTenants; ++slot) {
+        if (get(row(slot).named) != 0 && row(slot).name.load() == name) return slot;
+    }
+    return -1;
+}
+
+}  // namespace elastickv::ledger

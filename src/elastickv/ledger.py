@@ -1,0 +1,186 @@
+"""The ledger as frozen values: what stands on one device's table of tenants, read in one piece.
+
+The table itself is native (`elastickv._core.Ledger`). Reading it buries the dead first, so what is here was true when
+it was read. All sizes are bytes; a limit of None is no limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from elastickv import _core
+from elastickv.config import Settings
+from elastickv.errors import NotFound
+
+__all__ = [
+    "Counters",
+    "DeviceView",
+    "LedgerView",
+    "Limit",
+    "TenantView",
+    "Usage",
+    "open_ledger",
+    "order_limit",
+    "read_device",
+]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A limit and its revision. Revision 0: none was ever ordered."""
+
+    bytes: int | None
+    revision: int
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a tenant's pool says of its pages, in bytes."""
+
+    virtual_bytes: int = 0
+    used: int = 0
+    cached: int = 0
+    mapped_free: int = 0
+    transit: int = 0
+
+
+@dataclass(frozen=True)
+class Counters:
+    """Since the tenant joined: leases refused, cached blocks dropped, give-backs asked, answered and answered late."""
+
+    misses: int = 0
+    evicted: int = 0
+    asked: int = 0
+    answered: int = 0
+    late: int = 0
+
+
+@dataclass(frozen=True)
+class TenantView:
+    """One tenant, or the name of one that is gone (`alive` is false) and whose limit is kept for its restart."""
+
+    slot: int
+    name: str
+    engine: str
+    layout: str
+    alive: bool
+    incarnation: int
+    pid: int
+    since_unix_ns: int
+    floor: int
+    leased: int
+    static_bytes: int
+    mapped: int
+    limit_wanted: int | None
+    limit_wanted_rev: int
+    limit_held: int | None
+    limit_held_rev: int
+    weight: int
+    priority: int
+    demand: int
+    demand_ticket: int
+    demand_age_ns: int
+    page_bytes: int
+    usage: Usage
+    counters: Counters
+
+    @property
+    def living(self) -> tuple[TenantView, ...]:
+        """The tenants that run; the others are names whose limit is kept."""
+        return tuple(tenant for tenant in self.tenants if tenant.alive)
+
+    @property
+    def held(self) -> int:
+        """Leased and static bytes: what counts against the device, the floor and the limit."""
+        return self.leased + self.static_bytes
+
+    @property
+    def wanted(self) -> Limit:
+        """The limit that was ordered: no lease goes above it."""
+        return Limit(self.limit_wanted, self.limit_wanted_rev)
+
+    @property
+    def applied(self) -> Limit:
+        """The limit that the tenant has acknowledged."""
+        return Limit(self.limit_held, self.limit_held_rev)
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> TenantView:
+        """One element of `_core.Ledger.view()["tenants"]`."""
+        values = {field.name: row[field.name] for field in fields(cls)}
+        return cls(**{**values, "usage": Usage(**row["usage"]), "counters": Counters(**row["counters"])})
+
+
+@dataclass(frozen=True)
+class DeviceView:
+    """One device: its capacity, what others than tenants hold, and its tenants in slot order."""
+
+    device: str
+    capacity: int
+    unmanaged: int
+    revision: int
+    tenants: tuple[TenantView, ...]
+
+    @property
+    def held(self) -> int:
+        """The sum over the tenants."""
+        return sum(tenant.held for tenant in self.tenants)
+
+    @property
+    def free(self) -> int:
+        """What nobody holds; floors that are not met yet may have a claim on it."""
+        return max(0, self.capacity - self.unmanaged - self.held)
+
+    def tenant(self, name: str) -> TenantView:
+        """The tenant of that name, alive or kept. NotFound otherwise."""
+        for tenant in self.tenants:
+            if tenant.name == name:
+                return tenant
+        names = ", ".join(tenant.name for tenant in self.tenants)
+        there = f"there are: {names}" if names else "there is none"
+        raise NotFound(f"no tenant named '{name}' on device '{self.device}'; {there}", tenant=name)
+
+    @classmethod
+    def from_dict(cls, view: Mapping[str, Any]) -> DeviceView:
+        """What `_core.Ledger.view()` returns."""
+        return cls(
+            device=view["device"],
+            capacity=view["capacity"],
+            unmanaged=view["unmanaged"],
+            revision=view["revision"],
+            tenants=tuple(TenantView.from_dict(row) for row in view["tenants"]),
+        )
+
+    of = from_dict
+
+
+LedgerView = DeviceView
+"""The same, by the name that the native interface has."""
+
+
+def open_ledger(settings: Settings, device: str, capacity: int = 0) -> _core.Ledger:
+    """Opens the device's ledger in the settings' directory, making it if `capacity` (bytes) is given.
+
+    Raises NotFound without a ledger and a capacity, AccessDenied where the directory or a file is not private and
+    ours, LedgerCorrupt for a damaged file or one of another version, AlreadyExists where tenants run at another
+    capacity.
+    """
+    return _core.Ledger.open(str(settings.directory), device, capacity)
+
+
+def read_device(ledger: _core.Ledger) -> DeviceView:
+    """Reads the whole table now. DeadlineExceeded when another process sits on its lock."""
+    return DeviceView.from_dict(ledger.view())
+
+
+def order_limit(ledger: _core.Ledger, name: str, limit: int | None, timeout_ms: int) -> Limit:
+    """Orders a limit in bytes (None: no limit) and waits until the tenant has acknowledged it.
+
+    Raises NotFound for an unknown name, and for one that does not run: then the limit is kept for its restart.
+    InvalidArgument under the floor; DeadlineExceeded when the tenant does not answer: no lease goes above it even so.
+    """
+    revision = ledger.order_limit(name, limit)
+    ledger.wait_limit(name, revision, timeout_ms)
+    return Limit(limit, revision)
