@@ -47,7 +47,7 @@ LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 MIN_PAGE: Final = 4096
 
 _NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,63}", re.ASCII)
-_DEVICE: Final = re.compile(r"host|auto|[0-9]{1,3}|GPU-[0-9A-Fa-f-]{1,36}", re.ASCII)
+_DEVICE: Final = re.compile(r"host|auto|(cuda:)?[0-9]{1,3}|(GPU|MIG)-[0-9A-Fa-f-]{1,40}", re.ASCII)
 _SWITCH: Final = {
     "1": True,
     "on": True,
@@ -102,7 +102,7 @@ def _directory(text: str, what: str) -> Path:
 
 def _device(text: str, what: str) -> str:
     if not _DEVICE.fullmatch(text):
-        forms = "host, auto, a GPU's number (0) or its UUID (GPU-...)"
+        forms = "host, auto, a GPU's number (0, cuda:0) or its UUID (GPU-..., MIG-...)"
         raise InvalidArgument(f"{what}: {text!r} is not a device; write {forms}", what=what, value=text)
     return text
 

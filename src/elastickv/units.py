@@ -63,15 +63,16 @@ def parse_size_or_none(text: str, what: str = "size") -> int | None:
     return _size(text, what, f"{SIZE_FORMS}, none")
 
 
-def format_size(size: int | None) -> str:
-    """A size for people: "0 bytes", "512 MiB", "1.5 GiB", "1.37 GiB" (two decimals at most); None is "none"."""
+def format_size(size: int | None, *, decimals: int = 2) -> str:
+    """A size for people: "0 bytes", "512 MiB", "1.5 GiB", "1.37 GiB" (`decimals` at most); None is "none"."""
     if size is None:
         return "none"
     sign, size = ("-", -size) if size < 0 else ("", size)
     if size < 1024:
         return f"{sign}{size} bytes"
     power = min((size.bit_length() - 1) // 10, len(_BINARY_NAMES))
-    value = f"{size / (1 << (10 * power)):.2f}".rstrip("0").rstrip(".")
+    value = f"{size / (1 << (10 * power)):.{decimals}f}"
+    value = value.rstrip("0").rstrip(".") if "." in value else value
     return f"{sign}{value} {_BINARY_NAMES[power - 1]}"
 
 
