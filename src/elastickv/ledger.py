@@ -87,11 +87,6 @@ class TenantView:
     counters: Counters
 
     @property
-    def living(self) -> tuple[TenantView, ...]:
-        """The tenants that run; the others are names whose limit is kept."""
-        return tuple(tenant for tenant in self.tenants if tenant.alive)
-
-    @property
     def held(self) -> int:
         """Leased and static bytes: what counts against the device, the floor and the limit."""
         return self.leased + self.static_bytes
@@ -122,6 +117,11 @@ class DeviceView:
     unmanaged: int
     revision: int
     tenants: tuple[TenantView, ...]
+
+    @property
+    def living(self) -> tuple[TenantView, ...]:
+        """The tenants that run; the others are names whose limit is kept."""
+        return tuple(tenant for tenant in self.tenants if tenant.alive)
 
     @property
     def held(self) -> int:

@@ -59,7 +59,7 @@ class Device:
 
     def view(self) -> DeviceView:
         """Everybody on the device, as it stands."""
-        return DeviceView.of(self._ledger.view())
+        return DeviceView.from_dict(self._ledger.view())
 
     def close(self) -> None:
         """Closes what was joined through this object."""
@@ -109,6 +109,7 @@ class BlockCache:
         self._on_evict = on_evict
         self._close_lock = threading.Lock()
         self._closed = False
+        self._delivered = 0
         self._cache = Cache.create(settings, num_blocks=num_blocks, ranks=[shape], engine="bare")
         try:
             self._memory = RankMemory.attach(self._cache.rank_spec(0))
@@ -124,6 +125,7 @@ class BlockCache:
         if n < 0:
             raise InvalidArgument(f"{n} blocks cannot be allocated; ask for 0 or more", n=n)
         got = self._cache.pool.alloc(n)
+        self._deliver()  # under pressure it may have ordered free pages back first
         if got is None:
             return None
         ids, evicted = got
@@ -156,7 +158,14 @@ class BlockCache:
         evicted = self._cache.pool.maintain(True)
         if evicted and self._on_evict is not None:
             self._on_evict(evicted)
-        self._memory.fence(self._cache.pool.ticket())
+        self._deliver()
+
+    def _deliver(self) -> None:
+        # Nothing else runs on this memory: whatever its users did with freed blocks was done before they freed them.
+        ticket = self._cache.pool.ticket()
+        if ticket > self._delivered:
+            self._delivered = ticket
+            self._memory.fence(ticket)
 
     def __dlpack__(self, **options: Any) -> Any:
         return self._memory.__dlpack__(**options)
