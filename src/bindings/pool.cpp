@@ -26,9 +26,9 @@ std::shared_ptr<Pool> make_pool(std::shared_ptr<PageTable> table, const std::vec
     return unwrap(without_gil([&] { return Pool::make(std::move(table), std::move(leases), options); }));
 }
 
-std::uint32_t ensure(Pool &pool, std::uint32_t n) {
+std::uint32_t ensure(Pool &pool, std::uint32_t n, bool patient) {
     if (pool.ensure_fast(n)) return pool.available();
-    return without_gil([&] { return pool.ensure(n); });
+    return without_gil([&] { return pool.ensure(n, patient); });
 }
 
 nb::tuple take(Pool &pool, std::uint32_t n) {
@@ -116,8 +116,9 @@ void bind_page_table(nb::module_ &module) {
 }
 
 void bind_block_operations(nb::class_<Pool> &pool) {
-    pool.def("ensure", &ensure, nb::arg("n"),
-             "Tries to have n blocks available; grows before it counts the cache. Returns the blocks available now.")
+    pool.def("ensure", &ensure, nb::arg("n"), nb::arg("patient") = true,
+             "Tries to have n blocks available; grows before it counts the cache. Returns the blocks available now. "
+             "Not patient: asks the neighbours too, and does not wait for them.")
         .def("take", &take, nb::arg("n"), "(ids, evicted): the last `evicted` ids were cached, oldest first.")
         .def("alloc", &alloc, nb::arg("n"), "ensure and take in one: (ids, evicted), or None for none now.")
         .def(

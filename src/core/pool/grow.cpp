@@ -209,12 +209,13 @@ bool Pool::ensure_fast(std::uint32_t n) {
     return true;
 }
 
-std::uint32_t Pool::ensure(std::uint32_t n) {
+std::uint32_t Pool::ensure(std::uint32_t n, bool patient) {
     std::unique_lock lock(mutex_);
-    return ensure_locked(n, lock);
+    return ensure_locked(n, patient, lock);
 }
 
-std::uint32_t Pool::ensure_locked(std::uint32_t n, std::unique_lock<std::mutex> &lock) {
+std::uint32_t Pool::ensure_locked(std::uint32_t n, bool patient, std::unique_lock<std::mutex> &lock) {
+    const std::uint64_t patience_us = patient ? options_.give_back_wait_us : 0;
     poll_locked();
     answer_with_free();
     if (free_blocks_.count() >= n) {
@@ -240,11 +241,11 @@ std::uint32_t Pool::ensure_locked(std::uint32_t n, std::unique_lock<std::mutex> 
             }
             if (own_cache_covers) {
                 if (!grow_partly(static_cast<std::uint32_t>(n - have)) && coming_ == 0) break;
-            } else if (why.code() != Code::unavailable || waited_us >= options_.give_back_wait_us) {
+            } else if (why.code() != Code::unavailable || waited_us >= patience_us) {
                 if (coming_ == 0) break;
             } else if (coming_ == 0) {
                 lock.unlock();
-                leases_.wait_freed(seen_freed, std::min(kWaitSliceUs, options_.give_back_wait_us - waited_us));
+                leases_.wait_freed(seen_freed, std::min(kWaitSliceUs, patience_us - waited_us));
                 lock.lock();
                 poll_locked();
                 continue;

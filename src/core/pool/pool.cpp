@@ -157,7 +157,7 @@ Result<std::uint32_t> Pool::take(std::span<std::uint32_t> out) {
 
 bool Pool::alloc(std::span<std::uint32_t> out, std::uint32_t *evicted) {
     std::unique_lock lock(mutex_);
-    if (ensure_locked(static_cast<std::uint32_t>(out.size()), lock) < out.size()) return false;
+    if (ensure_locked(static_cast<std::uint32_t>(out.size()), true, lock) < out.size()) return false;
     take_locked(out, evicted);
     return true;
 }

@@ -53,7 +53,8 @@ class Pool {
 
     // Has `n` blocks available if it can: maps more under a lease, else counts the own cache, else asks the
     // neighbours and waits give_back_wait. Returns the blocks available now (mapped free + cached); never fails.
-    std::uint32_t ensure(std::uint32_t n);
+    // Not `patient`: asks the neighbours too, and does not wait for them.
+    std::uint32_t ensure(std::uint32_t n, bool patient = true);
     // The same where it needs no waiting: true when `n` mapped free blocks are there already.
     bool ensure_fast(std::uint32_t n);
     std::uint32_t available() const noexcept;
@@ -132,7 +133,7 @@ class Pool {
     bool grow(std::uint32_t shortfall, bool ring, Status *why);
     bool grow_partly(std::uint32_t shortfall);
     void keep_stock();
-    std::uint32_t ensure_locked(std::uint32_t n, std::unique_lock<std::mutex> &lock);
+    std::uint32_t ensure_locked(std::uint32_t n, bool patient, std::unique_lock<std::mutex> &lock);
     bool poll_locked();
     bool settle(std::uint32_t head);
     void became_mapped(std::uint32_t head);
