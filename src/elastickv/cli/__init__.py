@@ -1,0 +1,57 @@
+"""The command line: one file a verb. Only main() prints errors and chooses exit codes."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import sys
+from typing import Annotated
+
+import typer
+
+from elastickv.cli.doctor import doctor
+from elastickv.cli.limit import limit
+from elastickv.cli.run import run
+from elastickv.cli.status import status
+from elastickv.cli.top import top
+from elastickv.errors import ElasticKVError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="elastickv",
+    help="KV caches of several engines in one memory: start engines, watch them, steer them.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command(context_settings={"allow_interspersed_args": False})(run)
+for verb in (status, top, limit, doctor):
+    app.command()(verb)
+if importlib.util.find_spec("elastickv.cli.demo") is not None:
+    app.command()(importlib.import_module("elastickv.cli.demo").demo)
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    """Options before the verb."""
+    if version:
+        print(importlib.metadata.version("elastickv"))
+        raise typer.Exit
+
+
+def main() -> None:
+    """Runs the command line of this process. Errors become one line on stderr and the error's exit code."""
+    try:
+        app()
+    except ElasticKVError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        # Whoever read our output has gone (`elastickv status | head`): nothing is left to say, and nobody to say it to.
+        sys.stderr.close()
+        sys.exit(141)

@@ -1,0 +1,106 @@
+"""Bars and numbers of tenants and devices: what `status` and `top` show, as text and as Rich renderables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from rich.text import Text
+
+from elastickv.ledger import DeviceView, TenantView
+from elastickv.units import format_size
+
+__all__ = ["LEGEND", "Parts", "bar", "device_parts", "limit_of", "number_line", "parts_of", "short", "state_of"]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a tenant holds, in bytes. The parts add up to what it has leased, weights and graphs included."""
+
+    static: int
+    used: int
+    cached: int
+    mapped_free: int
+    transit: int
+
+    def __add__(self, other: Parts) -> Parts:
+        return Parts(*(getattr(self, name) + getattr(other, name) for name in _LOOKS))
+
+    @property
+    def total(self) -> int:
+        """Bytes."""
+        return sum(getattr(self, name) for name in _LOOKS)
+
+
+_LOOKS: Final = {
+    "static": ("■", "magenta"),
+    "used": ("█", "green"),
+    "cached": ("▓", "cyan"),
+    "mapped_free": ("▒", "yellow"),
+    "transit": ("░", "blue"),
+}
+LEGEND: Final = "■ weights  █ used  ▓ cached  ▒ mapped, free  ░ in transit  | limit"
+
+
+def parts_of(tenant: TenantView) -> Parts:
+    """The parts of a tenant's leases. Numbers that were published a moment apart are cut to what is leased."""
+    usage, rest = tenant.usage, tenant.leased
+    used = min(usage.used, rest)
+    cached = min(usage.cached, rest - used)
+    mapped_free = min(usage.mapped_free, rest - used - cached)
+    return Parts(tenant.static_bytes, used, cached, mapped_free, rest - used - cached - mapped_free)
+
+
+def limit_of(tenant: TenantView) -> int | None:
+    """The limit that counts: what a running tenant goes by, or what is kept for the start of another."""
+    return tenant.limit_held if tenant.alive else tenant.limit_wanted
+
+
+def bar(parts: Parts, scale: int, width: int, limit: int | None = None) -> Text:
+    """A bar of `width` cells that stand for `scale` bytes, with `|` where the limit is."""
+    text = Text(no_wrap=True)
+    done, below = 0, 0
+    for name, (mark, style) in _LOOKS.items():
+        below += getattr(parts, name)
+        end = min(width, round(below * width / scale)) if scale else 0
+        text.append(mark * (end - done), style=style)
+        done = max(done, end)
+    text.append(" " * (width - done))
+    if limit is None or not scale or limit >= scale:
+        return text
+    at = min(width - 1, round(limit * width / scale))
+    return Text.assemble(text[:at], ("|", "bold red"), text[at + 1 :], no_wrap=True)
+
+
+def short(size: int | None) -> str:
+    """A size in at most ten characters."""
+    return "0" if size == 0 else format_size(size, decimals=1)
+
+
+def number_line(parts: Parts) -> str:
+    """The parts in numbers, under 80 columns."""
+    weights = f"weights {short(parts.static)}  " if parts.static else ""
+    return (
+        f"{weights}used {short(parts.used)}  cached {short(parts.cached)}  "
+        f"free {short(parts.mapped_free)}  transit {short(parts.transit)}"
+    )
+
+
+def state_of(tenant: TenantView) -> str:
+    """One word, and what is pending: "running", "running, wants 64 MiB", "not running, limit kept"."""
+    if not tenant.alive:
+        return "not running, limit kept"
+    words = ["running"]
+    if tenant.demand:
+        words.append(f"wants {short(tenant.demand)}")
+    if tenant.limit_wanted_rev != tenant.limit_held_rev:
+        words.append(f"limit {short(tenant.limit_wanted)} not yet applied")
+    return ", ".join(words)
+
+
+def device_parts(view: DeviceView) -> Parts:
+    """The sum over the tenants."""
+    total = Parts(0, 0, 0, 0, 0)
+    for tenant in view.tenants:
+        total += parts_of(tenant)
+    return total
