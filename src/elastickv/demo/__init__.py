@@ -1,0 +1,1 @@
+"""What the demo and the engine tests run: a small real model, prompts of our own writing, and bursts of them."""
