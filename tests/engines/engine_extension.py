@@ -1,0 +1,28 @@
+"""Methods that harness.py gives to vLLM's workers (vLLM mixes this class into its own)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class WorkerExtension:
+    """Mixed into the worker; called by name over the engine's own RPC, between two steps."""
+
+    def used_blocks(self: Any) -> list[int]:
+        """Ids of the blocks that running requests use in the first cache group, in order and without repeats."""
+        batch = self.model_runner.input_batch
+        table = batch.block_table[0]
+        rows = table.get_numpy_array()
+        ids: dict[int, None] = {}
+        for row in range(batch.num_reqs):
+            ids.update(dict.fromkeys(int(block) for block in rows[row, : table.num_blocks_per_row[row]]))
+        ids.pop(0, None)
+        return list(ids)
+
+    def corrupt_blocks(self: Any, count: int) -> list[int]:
+        """Overwrites, in every layer, `count` blocks that running requests use; returns which."""
+        chosen = self.used_blocks()[:count]
+        for cache in self.model_runner.kv_caches:
+            for block in chosen:
+                cache[block].fill_(0.25)
+        return chosen

@@ -1,0 +1,273 @@
+"""Runs vLLM engines in processes of their own: a job in, token ids and figures out, a deadline on every wait.
+
+    with start(Job(model=path, rounds=[prompts])) as engine:
+        result = engine.finish()
+
+Two engines may run at once, a core each (`Job(core=0)`, `Job(core=1)`): start both, then call `go()` on both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Final
+
+from elastickv.config import process_environment
+
+Prompt = list[int] | str
+
+HERE: Final = Path(__file__).resolve().parent
+START_SECONDS: Final = 240.0
+ROUND_SECONDS: Final = 600.0
+
+ENGINE: Final[dict[str, Any]] = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "block_size": 32,
+    "max_model_len": 1024,
+    "max_num_seqs": 16,
+    "max_num_batched_tokens": 2048,
+    "num_gpu_blocks_override": 512,
+    "kv_cache_memory_bytes": 1 << 30,
+    "gpu_memory_utilization": 0.1,
+    "enable_prefix_caching": True,
+    "seed": 0,
+}
+"""Engine arguments that suit this small machine; a job's own are laid over them."""
+
+ENVIRONMENT: Final = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_PLUGINS": "",
+}
+"""VLLM_PLUGINS="" keeps every installed plug-in out: this is plain vLLM unless a job says otherwise."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one engine is to do. `rounds`: each a list of prompts sent at once, one round after another.
+
+    `core`: the CPU that the engine is bound to, None: all of them. `corrupt_at`: in every round, before this step,
+    `corrupt_blocks` blocks in use are overwritten. `environment` is laid over ENVIRONMENT and this process's own.
+    """
+
+    model: Path
+    rounds: Sequence[Sequence[Prompt]]
+    max_tokens: int = 64
+    engine: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    core: int | None = None
+    logprobs: int | None = None
+    corrupt_at: int = -1
+    corrupt_blocks: int = 4
+
+    def message(self) -> dict[str, Any]:
+        return {
+            "model": str(self.model),
+            "rounds": [list(prompts) for prompts in self.rounds],
+            "max_tokens": self.max_tokens,
+            "engine": {**ENGINE, **self.engine},
+            "logprobs": self.logprobs,
+            "corrupt_at": self.corrupt_at,
+            "corrupt_blocks": self.corrupt_blocks,
+        }
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round's outcome. Times are seconds; `margins` are the best token's lead in log probability, if asked for."""
+
+    tokens: list[list[int]]
+    margins: list[list[float]]
+    first: list[float]
+    steps: int
+    seconds: float
+    corrupted: list[Any]
+
+    @property
+    def tokens_per_second(self) -> float:
+        return sum(len(line) for line in self.tokens) / self.seconds
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an engine did: its rounds, seconds until it was ready, its counters, peak resident bytes, its log."""
+
+    rounds: list[Round]
+    start_seconds: float
+    blocks: int
+    counters: dict[str, float]
+    peak_bytes: int
+    log: str
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        """Of all rounds, in order."""
+        return [line for part in self.rounds for line in part.tokens]
+
+    @property
+    def preemptions(self) -> int:
+        return int(self.counters.get("vllm:num_preemptions", 0))
+
+    @property
+    def prefix_hits(self) -> int:
+        """Tokens that were found in the prefix cache."""
+        return int(self.counters.get("vllm:prefix_cache_hits", 0))
+
+
+class EngineFailed(Exception):
+    """The engine's process ended or was silent for too long; the text ends with its log's last lines."""
+
+
+class Engine:
+    """A running engine. Not thread-safe. `pids` are its processes, known once it is ready."""
+
+    def __init__(self, job: Job, process: subprocess.Popen[str], events: IO[bytes], log: Path) -> None:
+        self.job = job
+        self.process = process
+        self.pids: list[int] = []
+        self.blocks = 0
+        self._events = events
+        self._log = log
+        self._buffer = b""
+        self._ready: dict[str, Any] | None = None
+        self._rounds: list[Round] = []
+        self._sent = 0
+
+    def wait_ready(self, seconds: float = START_SECONDS) -> None:
+        if self._ready is None:
+            self._ready = self._next("ready", time.monotonic() + seconds)
+            self.pids, self.blocks = list(self._ready["pids"]), int(self._ready["blocks"])
+
+    def go(self) -> None:
+        """Lets the engine begin its next round; returns at once."""
+        self.wait_ready()
+        self._say("go")
+        self._sent += 1
+
+    def wait_round(self, seconds: float = ROUND_SECONDS) -> Round:
+        event = self._next("round", time.monotonic() + seconds)
+        self._rounds.append(Round(**event))
+        return self._rounds[-1]
+
+    def finish(self, seconds: float = ROUND_SECONDS) -> Result:
+        """Runs what is left, each round within `seconds`, and ends the engine."""
+        self.wait_ready()
+        while len(self._rounds) < len(self.job.rounds):
+            if self._sent == len(self._rounds):
+                self.go()
+            self.wait_round(seconds)
+        done = self._next("done", time.monotonic() + 30)
+        self._say("end")
+        ready = self._ready or {}
+        return Result(
+            self._rounds, ready["seconds"], self.blocks, done["counters"], done["peak_bytes"], self._log.read_text()
+        )
+
+    def log(self) -> str:
+        return self._log.read_text(encoding="utf-8", errors="replace")
+
+    def _say(self, word: str) -> None:
+        if self.process.stdin is None:
+            raise EngineFailed("the engine's stdin is not a pipe")
+        with suppress(BrokenPipeError):
+            self.process.stdin.write(word + "\n")
+            self.process.stdin.flush()
+
+    def _next(self, kind: str, deadline: float) -> dict[str, Any]:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._events, selectors.EVENT_READ)
+            while b"\n" not in self._buffer:
+                left = deadline - time.monotonic()
+                if left <= 0 or not selector.select(left):
+                    raise EngineFailed(f"no {kind!r} from the engine in time; its log ends:\n{self._tail()}")
+                chunk = os.read(self._events.fileno(), 1 << 16)
+                if not chunk:
+                    code = self.process.wait(30)
+                    raise EngineFailed(f"the engine ended with {code} before {kind!r}; its log ends:\n{self._tail()}")
+                self._buffer += chunk
+        line, self._buffer = self._buffer.split(b"\n", 1)
+        event: dict[str, Any] = json.loads(line)
+        if event.pop("event") != kind:
+            raise EngineFailed(f"the engine sent {line[:80]!r} where {kind!r} was due")
+        return event
+
+    def _tail(self) -> str:
+        return "\n".join(self.log().splitlines()[-40:])
+
+
+@contextmanager
+def start(job: Job) -> Iterator[Engine]:
+    """Starts an engine and, whatever happens, ends every process of it."""
+    own = {name: value for name, value in process_environment().items() if not name.startswith(("ELASTICKV", "VLLM_"))}
+    environment = {**own, **ENVIRONMENT, **_threads(job.core), **job.environment}
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE), environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    inward, outward = os.pipe()
+    with (
+        tempfile.TemporaryDirectory(prefix="elastickv-engine-") as place,
+        os.fdopen(inward, "rb", buffering=0) as events,
+    ):
+        log = Path(place, "log")
+        command = [sys.executable, str(HERE / "child.py"), str(outward)]
+        if job.core is not None:
+            command = ["taskset", "--cpu-list", str(job.core), *command]
+        try:
+            with log.open("wb") as file:
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=file,
+                    stderr=file,
+                    env=environment,
+                    text=True,
+                    pass_fds=[outward],
+                    start_new_session=True,
+                )
+        finally:
+            os.close(outward)
+        try:
+            engine = Engine(job, process, events, log)
+            if process.stdin is not None:
+                process.stdin.write(json.dumps(job.message()) + "\n")
+                process.stdin.flush()
+            yield engine
+        finally:
+            _end(process)
+
+
+def run(job: Job) -> Result:
+    """One engine alone, from start to end."""
+    with start(job) as engine:
+        return engine.finish()
+
+
+def _threads(core: int | None) -> dict[str, str]:
+    if core is None:
+        return {}
+    return {"VLLM_CPU_OMP_THREADS_BIND": str(core), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """A few seconds to leave in order, then the whole group is killed."""
+    if process.stdin is not None:
+        with suppress(OSError):
+            process.stdin.close()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(5)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(10)
