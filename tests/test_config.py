@@ -184,7 +184,7 @@ def test_every_field_has_a_row_and_its_default_is_the_one_that_is_told() -> None
     assert {variable.field for variable in VARIABLES} == set(fields)
     for variable in VARIABLES:
         default = fields[variable.field].default
-        if variable.field == "directory" or default is None and variable.default not in ("none", "never"):
+        if variable.field == "directory" or (default is None and variable.default not in ("none", "never")):
             continue
         assert variable.parse(variable.default, variable.field) == default, variable.field
 

@@ -33,7 +33,9 @@ def test_parse_size(text: str, size: int) -> None:
     assert units.parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "-1", "+1", "1,5GiB", "1e9", "12 bananas", "0x10", "1.5.5m", "\u0661", "1 2", "none"])
+@pytest.mark.parametrize(
+    "text", ["", "GiB", "-1", "+1", "1,5GiB", "1e9", "12 bananas", "0x10", "1.5.5m", "\u0661", "1 2", "none"]
+)
 def test_what_is_no_size_is_named_with_the_forms(text: str) -> None:
     with pytest.raises(InvalidArgument) as caught:
         units.parse_size(text, "floor")

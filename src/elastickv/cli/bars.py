@@ -65,7 +65,7 @@ def bar(parts: Parts, scale: int, width: int, limit: int | None = None) -> Text:
         end = min(width, round(below * width / scale)) if scale else 0
         text.append(mark * (end - done), style=style)
         done = max(done, end)
-    text.append(" " * (width - done))
+    text.append("·" * (width - done), style="dim")
     if limit is None or not scale or limit >= scale:
         return text
     at = min(width - 1, round(limit * width / scale))
@@ -73,15 +73,17 @@ def bar(parts: Parts, scale: int, width: int, limit: int | None = None) -> Text:
 
 
 def short(size: int | None) -> str:
-    """A size in at most ten characters."""
-    return "0" if size == 0 else format_size(size, decimals=1)
+    """A size in at most ten characters, eight from 1 KiB on."""
+    if size == 0:
+        return "0"
+    text = format_size(size, decimals=1)
+    return text if len(text) <= 8 else format_size(size, decimals=0)
 
 
 def number_line(parts: Parts) -> str:
-    """The parts in numbers, under 80 columns."""
-    weights = f"weights {short(parts.static)}  " if parts.static else ""
+    """The parts in numbers, at most 63 characters."""
     return (
-        f"{weights}used {short(parts.used)}  cached {short(parts.cached)}  "
+        f"used {short(parts.used)}  cached {short(parts.cached)}  "
         f"free {short(parts.mapped_free)}  transit {short(parts.transit)}"
     )
 

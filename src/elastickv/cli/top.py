@@ -164,6 +164,8 @@ def _tenant_rows(tenant: TenantView, capacity: int) -> Iterator[Text]:
     yield _row(tenant.name, bar(parts, capacity, BAR_WIDTH, limit), f"{short(tenant.held)}, {most}")
     if tenant.alive:
         yield Text(f"{'':{NAME_WIDTH}} {number_line(parts)}", style="dim", no_wrap=True)
+    if parts.static:
+        yield Text(f"{'':{NAME_WIDTH}} weights and graphs {short(parts.static)}", style="dim", no_wrap=True)
     state = state_of(tenant)
     if state != "running":
         yield Text(f"{'':{NAME_WIDTH}} {state}", style="bold yellow", no_wrap=True)
