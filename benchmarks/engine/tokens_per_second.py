@@ -24,12 +24,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from tests.engines.harness import Engine, Job, Result, Round, start
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 from elastickv.demo.model import ensure_model
 from elastickv.demo.prompts import mixed
+from engines.harness import Engine, Job, Result, Round, start
 
 
 def main() -> int:

@@ -18,6 +18,8 @@ EXTENSION = "engine_extension.WorkerExtension"
 def main() -> None:
     events = os.fdopen(int(sys.argv[1]), "w", buffering=1)
     job: dict[str, Any] = json.loads(sys.stdin.readline())
+    if job.get("core") is not None:
+        os.sched_setaffinity(0, {job["core"]})
     began = time.monotonic()
     import vllm
 

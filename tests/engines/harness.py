@@ -84,6 +84,7 @@ class Job:
             "logprobs": self.logprobs,
             "corrupt_at": self.corrupt_at,
             "corrupt_blocks": self.corrupt_blocks,
+            "core": self.core,
         }
 
 
@@ -223,8 +224,6 @@ def start(job: Job) -> Iterator[Engine]:
     ):
         log = Path(place, "log")
         command = [sys.executable, str(HERE / "child.py"), str(outward)]
-        if job.core is not None:
-            command = ["taskset", "--cpu-list", str(job.core), *command]
         try:
             with log.open("wb") as file:
                 process = subprocess.Popen(

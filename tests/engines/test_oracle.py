@@ -6,18 +6,20 @@ alone, not on the batch, the size of the cache, preemption, or prefix caching.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.engines.harness import EngineFailed, Job, Result, run, start
-from tests.engines.oracle import Difference, differences, judge, make_tiny_llama, tiny_prompts
 
 from elastickv.demo.model import ensure_model
 from elastickv.demo.prompts import mixed
+from engines.harness import EngineFailed, Job, Result, run, start
+from engines.oracle import Difference, differences, judge, make_tiny_llama, tiny_prompts
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
+CORES = sorted(os.sched_getaffinity(0))
 ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 TINY: dict[str, Any] = {"skip_tokenizer_init": True, "max_num_seqs": 12, "kv_cache_memory_bytes": 256 << 20}
 PROMPTS = tiny_prompts(32)
@@ -36,7 +38,7 @@ def tiny_job(model: Path, **changes: Any) -> Job:
 @pytest.fixture(scope="module")
 def ample(tiny: Path) -> Result:
     """Every block that the requests could want, all at once, one round after the other."""
-    return run(tiny_job(tiny, core=0))
+    return run(tiny_job(tiny, core=CORES[0]))
 
 
 def test_the_tiny_model_answers_with_many_tokens(ample: Result) -> None:
@@ -54,14 +56,14 @@ def test_cached_prefixes_do_not_change_the_answers(ample: Result) -> None:
 def test_preemption_does_not_change_the_answers(tiny: Path, ample: Result, caching: bool) -> None:
     """40 blocks of 32 tokens for requests that would like about 75."""
     engine = {"num_gpu_blocks_override": 40, "enable_prefix_caching": caching}
-    squeezed = run(tiny_job(tiny, engine=engine, core=0))
+    squeezed = run(tiny_job(tiny, engine=engine, core=CORES[0]))
     assert squeezed.preemptions > 0
     assert (squeezed.prefix_hits > 0) is caching
     assert differences(ample.tokens, squeezed.tokens) == []
 
 
 def test_two_engines_at_once_do_not_change_the_answers(tiny: Path, ample: Result) -> None:
-    with start(tiny_job(tiny, core=0)) as left, start(tiny_job(tiny, core=1)) as right:
+    with start(tiny_job(tiny, core=CORES[0])) as left, start(tiny_job(tiny, core=CORES[-1])) as right:
         for engine in (left, right):
             engine.wait_ready()
         for engine in (left, right):
@@ -72,7 +74,7 @@ def test_two_engines_at_once_do_not_change_the_answers(tiny: Path, ample: Result
 
 def test_a_corrupted_block_changes_the_answers(tiny: Path, ample: Result) -> None:
     """The control: were this to pass as equal, no comparison of tokens would mean anything."""
-    hurt = run(tiny_job(tiny, core=0, corrupt_at=20, corrupt_blocks=4))
+    hurt = run(tiny_job(tiny, core=CORES[0], corrupt_at=20, corrupt_blocks=4))
     assert hurt.rounds[0].corrupted
     assert differences(ample.tokens, hurt.tokens) != []
 

@@ -88,11 +88,12 @@ def _write_weights(reader: Any, data: dict[str, Any], folder: Path) -> None:
     heads = {"attn_q": data["llama.attention.head_count"], "attn_k": data["llama.attention.head_count_kv"]}
     weights = {}
     for tensor in reader.tensors:
+        name = _hugging_face_name(tensor.name)
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype("float32")
         part = tensor.name.split(".")[-2]
         if part in heads and tensor.name.startswith("blk."):
             values = _split_halves(values, heads[part])
-        weights[_hugging_face_name(tensor.name)] = values
+        weights[name] = values
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
