@@ -1,0 +1,23 @@
+"""The engines that elastickv can manage. Importing this package imports no engine."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Final
+
+from elastickv.engines.base import Adapter
+from elastickv.errors import NotFound
+
+__all__ = ["NAMES", "Adapter", "adapter"]
+
+_MODULES: Final = {"vllm": "elastickv.engines.vllm.adapter"}
+
+NAMES: Final = tuple(_MODULES)
+
+
+def adapter(name: str) -> Adapter:
+    """The adapter of one engine, imported now. NotFound names the engines there are."""
+    if name not in _MODULES:
+        raise NotFound(f"there is no adapter for the engine {name!r}; there are: {', '.join(NAMES)}", name=name)
+    found: Adapter = importlib.import_module(_MODULES[name]).ADAPTER
+    return found

@@ -1,0 +1,129 @@
+"""The hooks in the process that schedules, around vLLM's Executor and EngineCore. What they do is session.py's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm.v1.kv_cache_layout import KVCacheLayout
+
+from elastickv.config import Settings
+from elastickv.engines.vllm import idle, scheduler, watch
+from elastickv.engines.vllm.session import Session, close, find
+
+__all__ = ["CORE", "ENGINE", "EXECUTOR", "SCHEDULER_CONFIG", "executor_init"]
+
+Method = Callable[..., Any]
+
+
+def executor_init(original: Method, settings: Settings, version: str) -> Method:
+    """A session begins before the workers get their copy of the configuration."""
+
+    def wrapped(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        session = Session(vllm_config, settings, version)
+        try:
+            original(self, vllm_config, *args, **kwargs)
+        except BaseException:  # whatever it was goes on; the session must not stay
+            session.close()
+            raise
+
+    return wrapped
+
+
+def _determine_available_memory(original: Method) -> Method:
+    """The workers profile, and say who they are; what they say of free memory is not used."""
+
+    def wrapped(self: Any) -> Any:
+        answer = original(self)
+        find(self.vllm_config).look_at_ranks(self)
+        return answer
+
+    return wrapped
+
+
+def _initialize_from_config(original: Method) -> Method:
+    def wrapped(self: Any, kv_cache_configs: list[Any]) -> Any:
+        session = find(self.vllm_config)
+        session.create_cache(kv_cache_configs)
+        return original(self, kv_cache_configs)
+
+    return wrapped
+
+
+def _initialize_kv_caches(original: Method) -> Method:
+    def wrapped(self: Any, vllm_config: Any) -> Any:
+        session = find(vllm_config)
+        session.engine = self
+        if hasattr(self, "input_queue"):
+            watch.end_with_parent()  # a process of vLLM's own, not its caller's
+        else:
+            idle.lock_calls(self, session.lock)
+        try:
+            return original(self, vllm_config)
+        except BaseException:  # the engine will not be; its place on the ledger must not stay
+            session.close()
+            raise
+
+    return wrapped
+
+
+def _get_kv_cache_configs(original: Method) -> Method:
+    def wrapped(vllm_config: Any, kv_cache_specs: list[dict[str, Any]], available_memory: list[int]) -> Any:
+        return find(vllm_config).plan(original, kv_cache_specs)
+
+    return wrapped
+
+
+def _resolve_kv_cache_layout(original: Method) -> Method:
+    """Block-outermost layouts first, where the backends leave a choice: a page then serves whole blocks."""
+
+    def wrapped(vllm_config: Any, supported_layouts: list[list[str]], kv_cache_specs: Any = None) -> Any:
+        ordered = [
+            sorted(names, key=lambda name: not KVCacheLayout[name].is_block_outermost) for names in supported_layouts
+        ]
+        return original(vllm_config, ordered, kv_cache_specs)
+
+    return wrapped
+
+
+def _then_flush(original: Method) -> Method:
+    """For calls that free memory outside of steps: the orders that came of them go out at once."""
+
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        find(self.vllm_config).flush()
+        return result
+
+    return wrapped
+
+
+def _shutdown(original: Method) -> Method:
+    def wrapped(self: Any) -> Any:
+        try:
+            return original(self)
+        finally:
+            close(self.vllm_config)
+
+    return wrapped
+
+
+def _get_scheduler_cls(original: Method) -> Method:
+    def wrapped(self: Any) -> type:
+        return scheduler.managed(original(self), find)
+
+    return wrapped
+
+
+EXECUTOR = {
+    "determine_available_memory": _determine_available_memory,
+    "initialize_from_config": _initialize_from_config,
+}
+ENGINE = {
+    "_initialize_kv_caches": _initialize_kv_caches,
+    "sleep": _then_flush,
+    "reset_prefix_cache": _then_flush,
+    "release_kv_cache_memory": _then_flush,
+    "shutdown": _shutdown,
+}
+CORE = {"get_kv_cache_configs": _get_kv_cache_configs, "resolve_kv_cache_layout": _resolve_kv_cache_layout}
+SCHEDULER_CONFIG = {"get_scheduler_cls": _get_scheduler_cls}

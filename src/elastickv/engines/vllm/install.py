@@ -1,0 +1,70 @@
+"""Puts every hook in place. Called once in each process of a managed engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from elastickv.config import Settings
+
+__all__ = ["install"]
+
+_installed: list[str] = []
+
+
+def install() -> None:
+    """Checks version and seams, then hooks. Raises an ElasticKVError, with nothing hooked, if it cannot."""
+    if _installed:
+        return
+    settings = Settings.load()
+    from elastickv import _core  # noqa: F401 - a native part that cannot be loaded must show here
+    from elastickv.engines.vllm import gate, seams
+
+    version = _version()
+    gate.check_version(version)
+    seams.check(version)
+    _hook_engine(settings, version)
+    _hook_worker()
+    _installed.append(version)
+
+
+def _version() -> str:
+    from vllm.version import __version__
+
+    return str(__version__)
+
+
+def _hook_worker() -> None:
+    from vllm.v1.worker.gpu_worker import Worker
+
+    from elastickv.engines.vllm import seams, sleep, worker
+
+    for name, method in worker.METHODS.items():
+        setattr(Worker, name, method)
+    for name, wrapper in worker.WRAPPERS.items():
+        seams.wrap(Worker, name, wrapper)
+    seams.wrap(Worker, "sleep", sleep.worker_sleep)
+
+
+def _hook_engine(settings: Settings, version: str) -> None:
+    from vllm.config.scheduler import SchedulerConfig
+    from vllm.v1.engine import core
+    from vllm.v1.executor.abstract import Executor
+
+    from elastickv.engines.vllm import engine, seams
+
+    seams.wrap(Executor, "__init__", lambda original: engine.executor_init(original, settings, version))
+    for owner, wrappers in (
+        (Executor, engine.EXECUTOR),
+        (core.EngineCore, engine.ENGINE),
+        (core, engine.CORE),
+        (SchedulerConfig, engine.SCHEDULER_CONFIG),
+    ):
+        _wrap_all(owner, wrappers)
+
+
+def _wrap_all(owner: Any, wrappers: Mapping[str, Callable[[Callable[..., Any]], Callable[..., Any]]]) -> None:
+    from elastickv.engines.vllm import seams
+
+    for name, wrapper in wrappers.items():
+        seams.wrap(owner, name, wrapper)

@@ -1,0 +1,95 @@
+"""The scheduler's part: memory is leased before it is promised, and orders to unmap leave with the next step.
+
+The hooks are a subclass of whatever scheduler class the user has configured, and wrappers of two methods of the one
+KVCacheManager it makes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import RequestStatus
+
+from elastickv.engines.vllm.blockpool import ElasticBlockPool, adopt
+from elastickv.errors import EngineRefused
+
+if TYPE_CHECKING:
+    from elastickv.engines.vllm.session import Session
+
+__all__ = ["TICKET", "attach", "managed", "throttle"]
+
+TICKET: Final = "elastickv_ticket"
+"""The attribute of a SchedulerOutput that carries the newest order to unmap. Absent: nothing new."""
+
+_STARVED_WAIT_US: Final = 10_000
+
+
+def managed(base: type, find: Callable[[Any], Session]) -> type:
+    """A subclass of the scheduler class `base` whose instances belong to the session that `find` names."""
+    if not issubclass(base, Scheduler):
+        raise EngineRefused(
+            f"elastickv cannot manage the scheduler {base.__module__}.{base.__qualname__}: it is no subclass of vLLM's "
+            "Scheduler; start without --scheduler-cls, or unset ELASTICKV to serve without it"
+        )
+
+    class ManagedScheduler(base):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.elastickv = find(self.vllm_config)
+            self.elastickv.adopt_scheduler(self)
+
+        def schedule(self, *args: Any, **kwargs: Any) -> Any:
+            self.elastickv.before_step()
+            output = super().schedule(*args, **kwargs)
+            self.elastickv.after_step(output)
+            return output
+
+    ManagedScheduler.__name__ = f"Managed{base.__name__}"
+    ManagedScheduler.__qualname__ = ManagedScheduler.__name__
+    return ManagedScheduler
+
+
+def attach(scheduler: Any, native: Any, budget_blocks: Callable[[], int], watermark: float) -> ElasticBlockPool:
+    """Makes the block pool of `scheduler` elastic and has the pool asked before every admission."""
+    manager = scheduler.kv_cache_manager
+    pool = adopt(manager.block_pool, native, budget_blocks)
+    # vLLM took the fraction of the virtual size, which memory never reaches.
+    manager.watermark_blocks = int(watermark * budget_blocks())
+    coordinator = manager.coordinator
+    allocate, count = manager.allocate_slots, coordinator.get_num_blocks_to_allocate
+    spare = 0
+    patient = True
+
+    @functools.wraps(allocate)
+    def allocate_slots(request: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal spare, patient
+        spare = kwargs.get("reserved_blocks", 0) + manager.watermark_blocks
+        # Waiting is worth it where the alternative is to preempt, and costs nothing where nothing else runs.
+        patient = request.status == RequestStatus.RUNNING or not scheduler.running
+        return allocate(request, *args, **kwargs)
+
+    @functools.wraps(count)
+    def get_num_blocks_to_allocate(*args: Any, **kwargs: Any) -> int:
+        # Called right before both of vLLM's checks of the number of free blocks, with the exact need.
+        needed: int = count(*args, **kwargs)
+        if needed:
+            pool.ensure(needed + spare, patient=patient)
+        return needed
+
+    manager.allocate_slots = allocate_slots
+    coordinator.get_num_blocks_to_allocate = get_num_blocks_to_allocate
+    return pool
+
+
+def throttle(scheduler: Any, output: Any, pool: ElasticBlockPool) -> None:
+    """Waits a moment for memory when a starved engine has nothing to run; vLLM would ask again at once, for ever."""
+    if output.total_num_scheduled_tokens or not pool.starved:
+        return
+    in_flight = any(getattr(request, "num_in_flight_tokens", 0) for request in scheduler.running)
+    if in_flight:
+        return
+    native = pool.native
+    native.wait_freed(native.freed_word(), _STARVED_WAIT_US)

@@ -1,0 +1,113 @@
+"""The places of vLLM that the plug-in attaches to, and the check that they are what it was written against.
+
+A seam is a function of a class or module, with the parameters that the plug-in relies on. A name that is gone or a
+parameter that is renamed makes the plug-in refuse, rather than attach to something that is never called.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
+
+from elastickv.errors import EngineRefused
+
+__all__ = ["SEAMS", "Seam", "check", "find", "wrap"]
+
+
+class Seam(NamedTuple):
+    """Where (module, dotted name within it) and the parameters that must be there, in this order."""
+
+    module: str
+    name: str
+    parameters: tuple[str, ...]
+
+
+_CORE: Final = "vllm.v1.engine.core"
+_EXECUTOR: Final = "vllm.v1.executor.abstract"
+_WORKER: Final = "vllm.v1.worker.gpu_worker"
+_POOL: Final = "vllm.v1.core.block_pool"
+
+SEAMS: Final = (
+    # hooked
+    Seam(_CORE, "EngineCore._initialize_kv_caches", ("self", "vllm_config")),
+    Seam(_CORE, "EngineCore.shutdown", ("self",)),
+    Seam(_CORE, "EngineCore.sleep", ("self", "level", "mode")),
+    Seam(_CORE, "EngineCore.reset_prefix_cache", ("self", "reset_running_requests", "reset_connector")),
+    Seam(_CORE, "EngineCore.release_kv_cache_memory", ("self",)),
+    Seam(_CORE, "get_kv_cache_configs", ("vllm_config", "kv_cache_specs", "available_memory")),
+    Seam(_CORE, "resolve_kv_cache_layout", ("vllm_config", "supported_layouts", "kv_cache_specs")),
+    Seam(_EXECUTOR, "Executor.__init__", ("self", "vllm_config")),
+    Seam(_EXECUTOR, "Executor.determine_available_memory", ("self",)),
+    Seam(_EXECUTOR, "Executor.initialize_from_config", ("self", "kv_cache_configs")),
+    Seam("vllm.config.scheduler", "SchedulerConfig.get_scheduler_cls", ("self",)),
+    Seam(_WORKER, "Worker._maybe_get_memory_pool_context", ("self", "tag")),
+    Seam(_WORKER, "Worker.initialize_from_config", ("self", "kv_cache_config")),
+    Seam(_WORKER, "Worker.execute_model", ("self", "scheduler_output")),
+    Seam(_WORKER, "Worker.compile_or_warm_up_model", ("self",)),
+    Seam(_WORKER, "Worker.sleep", ("self", "level")),
+    Seam(_WORKER, "Worker.shutdown", ("self",)),
+    # relied on
+    Seam(_CORE, "EngineCore.collective_rpc", ("self", "method", "timeout", "args", "kwargs")),
+    Seam(_CORE, "EngineCoreProc._notify_idle_state_callbacks", ("self",)),
+    Seam(_CORE, "EngineCoreProc._process_input_queue", ("self",)),
+    Seam("vllm.v1.worker.utils", "allocate_kv_cache", ("kv_cache_config", "device", "layout")),
+    Seam("vllm.v1.core.sched.scheduler", "Scheduler.schedule", ("self", "throttle_prefills")),
+    Seam("vllm.v1.core.kv_cache_manager", "KVCacheManager.allocate_slots", ("self", "request", "num_new_tokens")),
+    Seam(
+        "vllm.v1.core.kv_cache_coordinator",
+        "KVCacheCoordinator.get_num_blocks_to_allocate",
+        ("self", "request_id", "num_tokens"),
+    ),
+    Seam("vllm.v1.core.kv_cache_utils", "get_max_concurrency_for_kv_cache_config", ("vllm_config", "kv_cache_config")),
+    Seam(_POOL, "BlockPool.get_new_blocks", ("self", "num_blocks")),
+    Seam(_POOL, "BlockPool.free_blocks", ("self", "ordered_blocks")),
+    Seam(_POOL, "BlockPool.touch", ("self", "blocks")),
+    Seam(_POOL, "BlockPool.evict_blocks", ("self", "block_ids")),
+    Seam(_POOL, "BlockPool.unpin_blocks", ("self", "blocks", "on_reuse")),
+    Seam(_POOL, "BlockPool.reset_prefix_cache", ("self",)),
+    Seam(_POOL, "BlockPool.get_num_free_blocks", ("self",)),
+    Seam(_POOL, "BlockPool.get_usage", ("self",)),
+    Seam(_POOL, "BlockPool._maybe_evict_cached_block", ("self", "block")),
+    Seam(_POOL, "BlockPool._remove_cached_block_hashes", ("self", "block")),
+    Seam(_POOL, "BlockPool._notify_reuse", ("self", "blocks")),
+)
+
+
+def check(version: str) -> None:
+    """Refuses with every seam that is not as expected. `version` is only for the text."""
+    wrong = [text for text in (_problem(seam) for seam in SEAMS) if text]
+    if wrong:
+        raise EngineRefused(
+            f"vLLM {version} is not built as elastickv expects: {'; '.join(wrong)}; "
+            "use a version of vLLM that this elastickv names, or a newer elastickv"
+        )
+
+
+def wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replaces owner.name by make(owner.name), once: a second call finds the mark and changes nothing."""
+    original = getattr(owner, name)
+    if getattr(original, "_elastickv", False):
+        return
+    replaced = functools.wraps(original)(make(original))
+    replaced._elastickv = True  # type: ignore[attr-defined]
+    setattr(owner, name, replaced)
+
+
+def find(seam: Seam) -> Any:
+    """The function that the seam names; AttributeError or ImportError where there is none."""
+    return functools.reduce(getattr, seam.name.split("."), importlib.import_module(seam.module))
+
+
+def _problem(seam: Seam) -> str:
+    where = f"{seam.module}.{seam.name}"
+    try:
+        found = find(seam)
+    except (ImportError, AttributeError):
+        return f"there is no {where}"
+    have = tuple(inspect.signature(found).parameters)
+    if have[: len(seam.parameters)] != seam.parameters:
+        return f"{where} takes ({', '.join(have)}), expected ({', '.join(seam.parameters)}, ...)"
+    return ""

@@ -1,0 +1,140 @@
+"""The worker's part: its memory is the elastic range, and orders to unmap are fenced before the step they came with.
+
+These functions are installed as methods of vLLM's Worker, or around its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from elastickv.engines.vllm import session, watch
+from elastickv.engines.vllm.backing import Backing
+from elastickv.engines.vllm.scheduler import TICKET
+from elastickv.errors import EngineRefused
+
+__all__ = ["METHODS", "WRAPPERS"]
+
+Method = Callable[..., Any]
+
+
+def _look(worker: Any) -> dict[str, Any]:
+    """The rank's device, its bytes (0 on the host, where the settings decide), and its attention backends."""
+    from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backends
+
+    device = worker.device
+    backends = sorted(backend.get_name() for backend in get_current_attn_backends(worker.vllm_config))
+    if device.type == "cpu":
+        return {"device": "host", "capacity": 0, "backends": backends}
+    if device.type != "cuda":
+        raise EngineRefused(f"elastickv cannot manage a device of the type {device.type}; it manages cpu and cuda")
+    properties = torch.cuda.get_device_properties(device)
+    return {"device": f"GPU-{properties.uuid}", "capacity": int(properties.total_memory), "backends": backends}
+
+
+def _report(worker: Any) -> dict[str, Any]:
+    """Whether this rank's cache lies in the elastic range, and what orders have arrived."""
+    backing: Backing | None = getattr(worker, "elastickv", None)
+    if backing is None:
+        return {"memory": False, "tensors": False, "tickets": 0}
+    caches = [cache for cache in worker.model_runner.kv_caches if isinstance(cache, torch.Tensor)]
+    lists = [cache for cache in worker.model_runner.kv_caches if isinstance(cache, (list, tuple))]
+    caches += [tensor for inner in lists for tensor in inner if isinstance(tensor, torch.Tensor)]
+    return {"memory": True, "tensors": backing.holds(caches), **backing.report()}
+
+
+def _fence(worker: Any, ticket: int) -> None:
+    """An order that came by itself, between steps."""
+    worker.elastickv.fence(ticket, worker.device)
+
+
+METHODS = {"elastickv_look": _look, "elastickv_report": _report, "elastickv_fence": _fence}
+"""Called by the engine through collective_rpc, by these names."""
+
+
+def _initialize_from_config(original: Method) -> Method:
+    """Attaches before the cache is allocated, and checks after that it was."""
+
+    def wrapped(self: Any, kv_cache_config: Any, *args: Any, **kwargs: Any) -> Any:
+        spec = getattr(kv_cache_config, "elastickv", None)
+        if spec is None:
+            raise EngineRefused(
+                "elastickv is on in this worker and off in its engine; give both the same environment, "
+                "or unset ELASTICKV to serve without it"
+            )
+        if not session.any_here():  # then this is a process of its own, and an orphan once the engine's has gone
+            watch.end_with_parent()
+        self.elastickv = Backing(spec)
+        result = original(self, kv_cache_config, *args, **kwargs)
+        self.elastickv.check_allocated(kv_cache_config.kv_cache_tensors[0].size)
+        return result
+
+    return wrapped
+
+
+def _memory_pool_context(original: Method) -> Method:
+    """The elastic range for the tag of the KV cache; vLLM's own choice for every other."""
+
+    def wrapped(self: Any, tag: str) -> contextlib.AbstractContextManager[Any]:
+        backing: Backing | None = getattr(self, "elastickv", None)
+        if tag == "kv_cache" and backing is not None:
+            return backing.allocation()
+        context: contextlib.AbstractContextManager[Any] = original(self, tag)
+        return context
+
+    return wrapped
+
+
+def _execute_model(original: Method) -> Method:
+    """Fences the order that the step brings, then runs the step."""
+
+    def wrapped(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        ticket = getattr(scheduler_output, TICKET, None)
+        if ticket is not None:
+            self.elastickv.fence(ticket, self.device)
+        return original(self, scheduler_output, *args, **kwargs)
+
+    return wrapped
+
+
+def _compile_or_warm_up_model(original: Method) -> Method:
+    """Has the warm-up write to block 0 only: no other block has memory yet."""
+
+    def wrapped(self: Any) -> Any:
+        tables = getattr(self.model_runner, "block_tables", None)
+        if tables is None or not hasattr(tables, "redirect_writes_to_null_block"):
+            return original(self)
+        before = tables.redirect_writes_to_null_block
+        tables.redirect_writes_to_null_block = True
+        try:
+            return original(self)
+        finally:
+            tables.redirect_writes_to_null_block = before
+
+    return wrapped
+
+
+def _shutdown(original: Method) -> Method:
+    """Unmaps after vLLM has let go."""
+
+    def wrapped(self: Any) -> Any:
+        try:
+            return original(self)
+        finally:
+            backing: Backing | None = getattr(self, "elastickv", None)
+            if backing is not None:
+                backing.close()
+
+    return wrapped
+
+
+WRAPPERS = {
+    "initialize_from_config": _initialize_from_config,
+    "_maybe_get_memory_pool_context": _memory_pool_context,
+    "execute_model": _execute_model,
+    "compile_or_warm_up_model": _compile_or_warm_up_model,
+    "shutdown": _shutdown,
+}
