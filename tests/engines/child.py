@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def _round(llm: Any, vllm: Any, number: int, prompts: list[Any], job: dict[str, Any]) -> dict[str, Any]:
-    """Sends all prompts at once and steps the engine until none is left; corrupts the cache at the steps asked for."""
+    """Sends all prompts at once and steps the engine until none is left; damages the cache at the step asked for."""
     engine = llm.llm_engine
     params = vllm.SamplingParams(
         temperature=0.0, max_tokens=job["max_tokens"], ignore_eos=True, detokenize=False, logprobs=job["logprobs"]
@@ -45,11 +45,11 @@ def _round(llm: Any, vllm: Any, number: int, prompts: list[Any], job: dict[str, 
     tokens: list[list[int]] = [[] for _ in prompts]
     margins: list[list[float]] = [[] for _ in prompts]
     first = [0.0] * len(prompts)
-    corrupted: list[Any] = []
+    damaged: list[Any] = []
     steps = 0
     while engine.has_unfinished_requests():
-        if steps == job["corrupt_at"]:
-            corrupted = llm.collective_rpc("corrupt_blocks", args=(job["corrupt_blocks"],))
+        if steps == job["damage_at"]:
+            damaged = llm.collective_rpc(f"{job['damage']}_blocks", args=(job["damage_blocks"],))
         for output in engine.step():
             i = int(output.request_id.split("-")[1])
             tokens[i] = list(output.outputs[0].token_ids)
@@ -64,7 +64,7 @@ def _round(llm: Any, vllm: Any, number: int, prompts: list[Any], job: dict[str, 
         "first": first,
         "steps": steps,
         "seconds": seconds,
-        "corrupted": corrupted,
+        "damaged": damaged,
     }
 
 

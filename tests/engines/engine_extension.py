@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from typing import Any
 
 
@@ -25,4 +27,20 @@ class WorkerExtension:
         for cache in self.model_runner.kv_caches:
             for block in chosen:
                 cache[block].fill_(0.25)
+        return chosen
+
+    def unmap_blocks(self: Any, count: int) -> list[int]:
+        """Takes the memory away behind `count` blocks that running requests use, in every layer; returns which.
+
+        Only whole pages inside a block are taken. The next access to one is a fault.
+        """
+        chosen = self.used_blocks()[:count]
+        libc = ctypes.CDLL(None, use_errno=True)
+        for cache in self.model_runner.kv_caches:
+            for block in chosen:
+                part = cache[block]
+                first = -(-part.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+                last = (part.data_ptr() + part.numel() * part.element_size()) // mmap.PAGESIZE * mmap.PAGESIZE
+                if first < last and libc.munmap(ctypes.c_void_p(first), ctypes.c_size_t(last - first)) != 0:
+                    raise OSError(ctypes.get_errno(), f"munmap of {last - first} bytes of block {block}")
         return chosen

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Any, Final, Literal
 
 from elastickv.config import process_environment
 
@@ -61,8 +61,9 @@ ENVIRONMENT: Final = {
 class Job:
     """What one engine is to do. `rounds`: each a list of prompts sent at once, one round after another.
 
-    `core`: the CPU that the engine is bound to, None: all of them. `corrupt_at`: in every round, before this step,
-    `corrupt_blocks` blocks in use are overwritten. `environment` is laid over ENVIRONMENT and this process's own.
+    `core`: the CPU that the engine is bound to, None: all of them. `damage_at`: in every round, before this step,
+    `damage_blocks` blocks in use are damaged: "corrupt" overwrites them, "unmap" takes the memory behind them away.
+    `environment` is laid over ENVIRONMENT and this process's own.
     """
 
     model: Path
@@ -72,8 +73,9 @@ class Job:
     environment: dict[str, str] = field(default_factory=dict)
     core: int | None = None
     logprobs: int | None = None
-    corrupt_at: int = -1
-    corrupt_blocks: int = 4
+    damage: Literal["corrupt", "unmap"] = "corrupt"
+    damage_at: int = -1
+    damage_blocks: int = 4
 
     def message(self) -> dict[str, Any]:
         return {
@@ -82,8 +84,9 @@ class Job:
             "max_tokens": self.max_tokens,
             "engine": {**ENGINE, **self.engine},
             "logprobs": self.logprobs,
-            "corrupt_at": self.corrupt_at,
-            "corrupt_blocks": self.corrupt_blocks,
+            "damage": self.damage,
+            "damage_at": self.damage_at,
+            "damage_blocks": self.damage_blocks,
             "core": self.core,
         }
 
@@ -97,7 +100,7 @@ class Round:
     first: list[float]
     steps: int
     seconds: float
-    corrupted: list[Any]
+    damaged: list[Any]
 
     @property
     def tokens_per_second(self) -> float:

@@ -74,9 +74,15 @@ def test_two_engines_at_once_do_not_change_the_answers(tiny: Path, ample: Result
 
 def test_a_corrupted_block_changes_the_answers(tiny: Path, ample: Result) -> None:
     """The control: were this to pass as equal, no comparison of tokens would mean anything."""
-    hurt = run(tiny_job(tiny, core=CORES[0], corrupt_at=20, corrupt_blocks=4))
-    assert hurt.rounds[0].corrupted
+    hurt = run(tiny_job(tiny, core=CORES[0], damage_at=20))
+    assert hurt.rounds[0].damaged
     assert differences(ample.tokens, hurt.tokens) != []
+
+
+def test_a_block_in_use_without_memory_ends_the_engine(tiny: Path) -> None:
+    """The other control: what reads a page that is not there is seen to fail, with the signal's number."""
+    with pytest.raises(EngineFailed, match="the engine ended with -11 before 'round'"):
+        run(tiny_job(tiny, core=CORES[0], damage="unmap", damage_at=20))
 
 
 def test_an_engine_that_cannot_start_is_reported_with_its_log(tiny: Path) -> None:
