@@ -165,7 +165,7 @@ TEST("ledger: a full table says so, and gives up names of the dead first") {
     CHECK(full.code() == Code::exists);
     CHECK_EQ(full.message(),
              "all 64 places on device 'host' are taken by tenants that run; stop one before starting 'more'");
-    CHECK_EQ(ledger->view().value().tenants.size(), static_cast<std::size_t>(kMaxTenants));
+    CHECK_EQ(rows_of(ledger).size(), static_cast<std::size_t>(kMaxTenants));
     const int seventh = tenants[7]->slot();
     tenants[7].reset();
     usleep(1000);

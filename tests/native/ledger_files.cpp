@@ -282,7 +282,7 @@ TEST("ledger files: many creators at once agree on one file") {
                 CHECK_OK(tenant->lease(MiB, false));
                 while (true) {
                     std::uint64_t leased = 0;
-                    for (const TenantView &row : ledger->view().value().tenants) leased += row.leased;
+                    for (const TenantView &row : rows_of(ledger)) leased += row.leased;
                     if (leased == 8 * MiB) break;
                     usleep(1000);
                 }

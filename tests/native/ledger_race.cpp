@@ -60,7 +60,7 @@ TEST("ledger race: two processes, 10,000 leases, never above the capacity") {
     const std::uint64_t start = now_ms();
     while (shared->rounds.load() < 10000 && now_ms() - start < 60000) {
         std::uint64_t leased = 0;
-        for (const TenantView &row : ledger->view().value().tenants) leased += row.leased;
+        for (const TenantView &row : rows_of(ledger)) leased += row.leased;
         CHECK(leased <= 16 * MiB);
         usleep(3000);
     }
@@ -68,7 +68,7 @@ TEST("ledger race: two processes, 10,000 leases, never above the capacity") {
     CHECK_EQ(two.wait(), 0);
     CHECK_EQ(shared->over.load(), 0U);
     CHECK_EQ(shared->rounds.load(), 10000U);
-    for (const TenantView &row : ledger->view().value().tenants) CHECK_EQ(row.leased, 0U);
+    for (const TenantView &row : rows_of(ledger)) CHECK_EQ(row.leased, 0U);
 }
 
 TEST("ledger race: two equals fight for one page, 10,000 rounds, each wins 30 % at least") {
@@ -92,7 +92,7 @@ TEST("ledger race: two equals fight for one page, 10,000 rounds, each wins 30 % 
     };
     Child one([&] { fight(0); });
     Child two([&] { fight(1); });
-    while (ledger->view().value().tenants.size() < 2) usleep(1000);
+    while (rows_of(ledger).size() < 2) usleep(1000);
     shared->go.store(true);
     CHECK_EQ(one.wait(), 0);
     CHECK_EQ(two.wait(), 0);

@@ -69,10 +69,13 @@ inline std::unique_ptr<Tenant> join(const std::shared_ptr<Ledger> &ledger, const
                                     std::uint64_t floor = 0) {
     return join(ledger, named(name, floor));
 }
-inline TenantView row_of(const std::shared_ptr<Ledger> &ledger, const std::string &name) {
+inline std::vector<TenantView> rows_of(const std::shared_ptr<Ledger> &ledger) {
     auto view = ledger->view();
     CHECK_OK(view);
-    for (const TenantView &tenant : view->tenants) {
+    return view->tenants;
+}
+inline TenantView row_of(const std::shared_ptr<Ledger> &ledger, const std::string &name) {
+    for (const TenantView &tenant : rows_of(ledger)) {
         if (tenant.name == name) return tenant;
     }
     check::fail(__FILE__, __LINE__, "no row of " + name);

@@ -41,7 +41,7 @@ bool is_active(const Claim &claim, std::uint64_t now_ns) noexcept {
 // One tenant's figures that several rules use.
 struct Figures {
     Bytes held = 0, unmet = 0;
-    Bytes want = 0;         // live demand that can be met at all, within its limit
+    Bytes want = 0;         // live demand, if it can be met at all
     Bytes beyond = 0;       // the part of `want` beyond the own floor
     Bytes reclaimable = 0;  // mapped free and cached bytes above the floor
     Bytes share = 0;
@@ -85,8 +85,9 @@ bool can_ever_fit(const Snapshot &snapshot, int index, Bytes held, Bytes want) n
 void fill_demand(const Snapshot &snapshot, int index, Figures &figures) noexcept {
     const Claim &claim = snapshot.claims[static_cast<std::size_t>(index)];
     if (!demand_alive(claim, snapshot.now_ns)) return;
-    const Bytes want = std::min(signed_bytes(claim.demand), above(signed_bytes(claim.limit), figures.held));
-    if (want == 0 || !can_ever_fit(snapshot, index, figures.held, want)) return;
+    const Bytes want = signed_bytes(claim.demand);
+    if (want > above(signed_bytes(claim.limit), figures.held) || !can_ever_fit(snapshot, index, figures.held, want))
+        return;
     figures.want = want;
     figures.beyond = above(want, figures.unmet);
     figures.rank = {is_aged(claim, snapshot.now_ns), claim.leased + static_cast<std::uint64_t>(want), claim.weight,

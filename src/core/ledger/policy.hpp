@@ -14,7 +14,8 @@
 // Rank: first those that have waited longer than kAgeingNs, the oldest first; then by (leased + wanted) / weight, the
 // smallest first, so that who is furthest under its share is served next; equals by ticket, the older first.
 // A demand keeps bytes from lower ranks only while what is free and what others can give would cover it, or once it
-// has aged: otherwise bytes would lie idle for nobody. A demand that cannot ever fit counts for nothing.
+// has aged: otherwise bytes would lie idle for nobody. A demand that can never fit, or exceeds its tenant's limit, is
+// ignored.
 //
 // Giving back (asks). What the live demands and all unmet floors need beyond the free bytes is the deficit. It is
 // taken, never below anybody's floor: first from mapped free pages of tenants above their share, then from all other
@@ -59,7 +60,7 @@ struct Snapshot {
     std::uint64_t now_ns = 0;
     std::uint64_t capacity = 0, unmanaged = 0;
     int count = 0;
-    std::array<Claim, kMaxTenants> claims;  // the first `count`; any order
+    std::array<Claim, kMaxTenants> claims;  // the first `count`, by slot
 
     int find(int slot) const noexcept;  // index, or -1
 };

@@ -2,6 +2,7 @@
 #include "ledger/table.hpp"
 
 #include <pthread.h>
+#include <sched.h>
 
 #include <cerrno>
 
@@ -14,6 +15,22 @@ namespace elastickv::ledger {
 
 namespace {
 std::uint64_t get(const Word &word) noexcept { return word.load(std::memory_order_relaxed); }
+
+int lock_until(pthread_mutex_t *mutex, std::uint64_t until_ns) noexcept {
+#if defined(__SANITIZE_THREAD__)
+    // gcc 12's thread sanitizer does not know pthread_mutex_clocklock and would report every unlock after it.
+    while (true) {
+        const int error = pthread_mutex_trylock(mutex);
+        if (error != EBUSY) return error;
+        if (now_ns() >= until_ns) return ETIMEDOUT;
+        sched_yield();
+    }
+#else
+    const timespec until = to_timespec(until_ns);
+    return pthread_mutex_clocklock(mutex, CLOCK_MONOTONIC, &until);
+#endif
+}
+
 std::uint64_t amount(const Word &word) noexcept { return std::min(get(word), kMaxBytes); }
 }  // namespace
 
@@ -26,10 +43,7 @@ TableGuard::~TableGuard() {
 Result<TableGuard> Table::lock(const char *doing) {
     pthread_mutex_t *mutex = &header().mutex;
     int error = pthread_mutex_trylock(mutex);
-    if (error == EBUSY) {
-        const timespec until = to_timespec(now_ns() + deadline_ms_ * 1000000);
-        error = pthread_mutex_clocklock(mutex, CLOCK_MONOTONIC, &until);
-    }
+    if (error == EBUSY) error = lock_until(mutex, now_ns() + deadline_ms_ * 1'000'000);
     if (error == ETIMEDOUT) {
         const std::uint64_t pid = get(header().owner_pid);
         return Status{Code::timeout, std::string(doing) + ": the lock of ledger '" + path_ + "' was not free within " +
