@@ -12,6 +12,8 @@ void raise(const Status &status) {
 }  // namespace elastickv::py
 
 NB_MODULE(_core, module) {
+    // An engine lives until its process ends, and what it holds then is the kernel's to take back.
+    nanobind::set_leak_warnings(false);
     module.doc() = "elastickv's native core. Private: use the elastickv package.";
     elastickv::py::bind_driver(module);
     elastickv::py::bind_ledger(module);
