@@ -25,6 +25,12 @@ _logger = init_logger("vllm.elastickv")
 _RING_EVERY_S: Final = 0.05
 """A demand on the ledger lapses 0.1 s after its last refresh (ledger/policy.hpp)."""
 
+_PAUSE_S: Final = (0.25, 8.0)
+"""After a wait for the neighbours that gained nothing, the shortest and the longest pause before the next one."""
+
+_WAITED_S: Final = 0.001
+"""A call that took longer than this and was served has waited for it."""
+
 
 def adopt(pool: Any, native: Pool, budget_blocks: Callable[[], int]) -> ElasticBlockPool:
     """Makes vLLM's `pool` elastic, in place. It must be fresh: nothing allocated but the null block.
@@ -66,26 +72,31 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
         """Whether the last ensure() found fewer blocks than it was asked for."""
         self._freed_seen = 0
         self._ring_again = 0.0
+        self._wait_again = 0.0
+        self._pause = _PAUSE_S[0]
 
     # --- allocation
 
     def ensure(self, num_blocks: int, *, patient: bool) -> None:
         """Has `num_blocks` blocks available if it can. A patient call may wait for the neighbours (give_back_wait).
 
-        An impatient call that was refused a moment ago asks again only when somebody has freed memory since, or when
-        its demand on the ledger would lapse.
+        Waiting costs the requests that run, so a wait that gained nothing is not repeated soon. Nor is an impatient
+        call that was refused a moment ago, unless somebody has freed memory since or its demand would lapse.
         """
         native = self.native
-        if num_blocks <= native.num_available() and not self.starved:
-            native.ensure(num_blocks)  # grows rather than evicting, and keeps the stock
-            return
-        asked = self.starved and native.freed_word() == self._freed_seen and time.monotonic() < self._ring_again
-        if asked and not patient:
+        began = time.monotonic()
+        patient = patient and began >= self._wait_again
+        if self.starved and not patient and began < self._ring_again and native.freed_word() == self._freed_seen:
             return
         self._freed_seen = native.freed_word()
         self.starved = native.ensure(num_blocks, patient) < num_blocks
         if self.starved:
-            self._ring_again = time.monotonic() + _RING_EVERY_S
+            self._ring_again = began + _RING_EVERY_S
+            if patient:
+                self._pause = min(2 * self._pause, _PAUSE_S[1])
+                self._wait_again = began + self._pause
+        elif patient and time.monotonic() - began > _WAITED_S:
+            self._pause = _PAUSE_S[0]
 
     def get_new_blocks(self, num_blocks: int) -> list[Any]:
         """Takes blocks; what they cached is forgotten. ValueError, as vLLM's, if the caller did not check first."""

@@ -26,8 +26,8 @@ _sessions: list[Session] = []
 
 
 def any_here() -> bool:
-    """Whether an engine schedules in this process."""
-    return bool(_sessions)
+    """Whether an engine schedules in this process (one that was inherited by a fork does not)."""
+    return any(session.pid == os.getpid() for session in _sessions)
 
 
 def find(config: Any) -> Session:
@@ -56,6 +56,7 @@ class Session:
         gate.check_config(config)
         gate.check_worker_class(_resolve(config.parallel_config.worker_cls))
         self.config = config
+        self.pid = os.getpid()
         self.settings = settings
         self.version = version
         self.wish = budget.silence_vllm(config, settings.virtual)

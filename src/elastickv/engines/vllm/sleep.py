@@ -1,4 +1,4 @@
-"""Sleep: the cache's memory is not vLLM's to save or restore; what is free goes back when the engine has slept."""
+"""Sleep: the cache's memory is not vLLM's to save or restore. vLLM empties it first; the idle clock does the rest."""
 
 from __future__ import annotations
 

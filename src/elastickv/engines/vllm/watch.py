@@ -22,7 +22,8 @@ EXIT_ORPHANED: Final = 14
 
 _LOOK_EVERY_MS: Final = 60_000
 
-_started = threading.Event()
+_watching: list[int] = []
+"""Ids of processes that watch; a fork inherits its parent's."""
 
 
 def end_with_parent() -> None:
@@ -31,9 +32,9 @@ def end_with_parent() -> None:
     EngineRefused if the kernel cannot tell (before Linux 5.3).
     """
     parent = multiprocessing.parent_process()
-    if parent is None or parent.pid is None or _started.is_set():
+    if parent is None or parent.pid is None or os.getpid() in _watching:
         return
-    _started.set()
+    _watching.append(os.getpid())
     try:
         descriptor = os.pidfd_open(parent.pid)
     except ProcessLookupError:
