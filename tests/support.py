@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from elastickv.config import VARIABLES
+
 TENANT = """
 import json, sys
 import elastickv
@@ -48,3 +50,26 @@ def running_tenant(
             if process.stdin:
                 process.stdin.close()
             process.wait(timeout=20)
+
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGURATION_PAGE = ROOT / "docs/configuration.md"
+TABLE_BEGIN, TABLE_END = "<!-- table -->\n", "<!-- end of table -->\n"
+
+
+def configuration_table() -> str:
+    """The settings as a table of the docs."""
+    head = "| variable | option | key | default | what it is |\n|---|---|---|---|---|\n"
+    return head + "".join(
+        f"| `{v.variable}` | {'set by `run`' if v.field == 'enabled' else f'`{v.option}`'} | `{v.key}` | {v.default} "
+        f"| {v.doc} |\n"
+        for v in VARIABLES
+    )
+
+
+def write_configuration_table() -> None:
+    """Puts the table between its marks."""
+    before, _, rest = CONFIGURATION_PAGE.read_text(encoding="utf-8").partition(TABLE_BEGIN)
+    _, _, after = rest.partition(TABLE_END)
+    text = before + TABLE_BEGIN + configuration_table() + TABLE_END + after
+    CONFIGURATION_PAGE.write_text(text, encoding="utf-8")

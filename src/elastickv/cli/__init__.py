@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
-import importlib.util
 import sys
 from typing import Annotated
 
 import typer
 
+from elastickv.cli.demo import demo
 from elastickv.cli.doctor import doctor
 from elastickv.cli.limit import limit
 from elastickv.cli.run import run
@@ -17,7 +16,7 @@ from elastickv.cli.status import status
 from elastickv.cli.top import top
 from elastickv.errors import ElasticKVError
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "options"]
 
 app = typer.Typer(
     name="elastickv",
@@ -28,10 +27,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command(context_settings={"allow_interspersed_args": False})(run)
-for verb in (status, top, limit, doctor):
+for verb in (status, top, limit, doctor, demo):
     app.command()(verb)
-if importlib.util.find_spec("elastickv.cli.demo") is not None:
-    app.command()(importlib.import_module("elastickv.cli.demo").demo)
 
 
 @app.callback(invoke_without_command=True)

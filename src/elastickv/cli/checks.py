@@ -18,7 +18,7 @@ from elastickv.errors import ElasticKVError
 from elastickv.ledger import open_ledger, read_device
 from elastickv.units import format_size
 
-__all__ = ["Finding", "everything"]
+__all__ = ["Finding", "directory", "driver", "engine_checks", "everything", "ledgers"]
 
 PLUGIN_GROUPS: Final = {"vllm": "vllm.general_plugins"}
 

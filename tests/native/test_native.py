@@ -1,0 +1,68 @@
+"""Builds and runs the native tests: as they are, under AddressSanitizer, and under ThreadSanitizer."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+BUILD_S, RUN_S = 1800, 600
+KINDS = ("plain", "address", "thread")
+
+
+def run(command: list[str], seconds: int, **environment: str) -> str:
+    """The command's output. A failure shows its end, for that is where the failed cases and reports are."""
+    done = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        check=False,
+        timeout=seconds,
+        env={**os.environ, **environment},
+    )
+    if done.returncode != 0:
+        failed = "\n".join(re.findall(r"^FAIL .*\n.*", done.stdout, re.MULTILINE))
+        pytest.fail(f"{' '.join(command)} ended with {done.returncode}\n{failed}\n{done.stdout[-6000:]}", pytrace=False)
+    return done.stdout
+
+
+def build(kind: str) -> Path:
+    """Builds the tests in a folder that is kept, so that a second run compiles only what has changed."""
+    folder = ROOT / "build" / f"native-{kind}"
+    sanitizer = "" if kind == "plain" else kind
+    tools = Path(sys.executable).parent
+    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
+    cmake = shutil.which("cmake", path=path)
+    assert cmake, "no cmake on the PATH or beside this Python; run scripts/setup"
+    options = ["-DELASTICKV_BINDINGS=OFF", "-DELASTICKV_NATIVE_TESTS=ON", f"-DELASTICKV_SANITIZE={sanitizer}"]
+    run([cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", *options], BUILD_S, PATH=path)
+    run([cmake, "--build", str(folder), "--parallel", str(os.cpu_count() or 1)], BUILD_S, PATH=path)
+    return folder / "native_tests"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_native(kind: str) -> None:
+    program = build(kind)
+    command = [str(program)]
+    if kind == "thread" and shutil.which("setarch"):
+        # Where the kernel randomises more address bits than the runtime knows, it refuses to start.
+        command = ["setarch", os.uname().machine, "-R", *command]
+    output = run(
+        command,
+        RUN_S,
+        ASAN_OPTIONS="detect_leaks=1:strict_string_checks=1",
+        TSAN_OPTIONS="halt_on_error=1:second_deadlock_stack=1",
+    )
+    last = output.strip().splitlines()[-1]
+    counted = re.fullmatch(r"(\d+) ran, 0 failed", last)
+    assert counted, last
+    assert int(counted[1]) > 100, last
