@@ -28,7 +28,7 @@ Result<std::unique_ptr<Pool>> Pool::make(std::shared_ptr<PageTable> table, std::
     std::unique_ptr<Pool> pool(new Pool(std::move(table), std::move(shares), options));
     // Block 0 is the engines' null block: its pages are mapped from the start and for ever.
     const Run run{0, pool->last_page(0) + 1};
-    if (Status leased = pool->leases_.lease(run.pages, true); !leased.ok()) {
+    if (Status leased = pool->lease_patiently(run.pages); !leased.ok()) {
         pool->leases_.withdraw();
         return Status(leased.code(), "no room for the first page of the cache: " + leased.message());
     }
@@ -36,6 +36,18 @@ Result<std::unique_ptr<Pool>> Pool::make(std::shared_ptr<PageTable> table, std::
     pool->table_->ring_ranks();
     pool->publish();
     return pool;
+}
+
+// An engine may start beside neighbours who hold everything: they are asked, and answer once they look.
+Status Pool::lease_patiently(std::uint64_t pages) {
+    constexpr std::uint64_t slice_us = 10'000;
+    const std::uint64_t until = monotonic_ns() + options_.map_deadline_us * 1'000U;
+    while (true) {
+        const std::uint32_t seen = leases_.freed_word();
+        Status leased = leases_.lease(pages, true);
+        if (leased.code() != Code::unavailable || monotonic_ns() >= until) return leased;
+        leases_.wait_freed(seen, slice_us);
+    }
 }
 
 Pool::Pool(std::shared_ptr<PageTable> table, std::vector<Leases::Share> shares, const PoolOptions &options)

@@ -126,6 +126,8 @@ class Pool {
     void publish() noexcept;
     void take_locked(std::span<std::uint32_t> out, std::uint32_t *evicted) noexcept;
 
+    Status lease_patiently(std::uint64_t pages);
+
     // growing (grow.cpp)
     std::uint32_t extent_target(std::uint64_t held) const noexcept;
     std::vector<Run> plan(std::uint32_t blocks, std::uint64_t most_pages) const;
