@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from typing import Any, Final
 
 from vllm.logger import init_logger
@@ -12,7 +13,7 @@ from elastickv.config import Settings
 from elastickv.engines.vllm import budget, gate, geometry, scheduler
 from elastickv.engines.vllm.blockpool import ElasticBlockPool
 from elastickv.engines.vllm.idle import EngineSteward
-from elastickv.errors import DeadlineExceeded, EngineRefused
+from elastickv.errors import DeadlineExceeded, EngineRefused, Unavailable
 from elastickv.memory import Cache, RankGeometry, device_page, open_device_ledger
 
 __all__ = ["Session", "any_here", "close", "find"]
@@ -20,6 +21,8 @@ __all__ = ["Session", "any_here", "close", "find"]
 _logger = init_logger("vllm.elastickv")
 
 READY_S: Final = 60.0
+ROOM_S: Final = 120.0
+"""How long a start waits until the neighbours leave room for the first page, in seconds."""
 RPC_S: Final = 60.0
 
 _sessions: list[Session] = []
@@ -113,14 +116,21 @@ class Session:
     def create_cache(self, configs: list[Any]) -> None:
         """Joins the ledger and puts on each rank's configuration what the rank needs to attach."""
         layout = geometry.describe(self.shapes, configs[0].kv_cache_layout)
-        self.cache = Cache.create(
-            self.settings,
-            num_blocks=configs[0].num_blocks,
-            ranks=self.shapes,
-            engine=f"vllm {self.version}",
-            layout=layout,
-            capacity=self._capacity,
-        )
+        until = time.monotonic() + ROOM_S
+        while self.cache is None:
+            try:
+                self.cache = Cache.create(
+                    self.settings,
+                    num_blocks=configs[0].num_blocks,
+                    ranks=self.shapes,
+                    engine=f"vllm {self.version}",
+                    layout=layout,
+                    capacity=self._capacity,
+                )
+            except Unavailable as error:  # the neighbours have requests running in every page
+                if time.monotonic() >= until:
+                    raise
+                _logger.warning("elastickv waits for its neighbours: %s", error)
         for rank, config in enumerate(configs):
             config.elastickv = self.cache.rank_spec(rank)
 
