@@ -314,3 +314,39 @@ TEST("ledger: memory of others narrows what can be leased") {
     CHECK_EQ(ledger->view().value().unmanaged, 0U);
     CHECK(ledger->set_unmanaged(~std::uint64_t{0}).code() == Code::invalid);
 }
+
+TEST("ledger: asks are counted, and so is who answers late") {
+    Directory directory;
+    auto ledger = open(directory, 8 * MiB);
+    auto a = join(ledger, "a");
+    auto b = join(ledger, "b");
+    auto c = join(ledger, "c");
+    CHECK_OK(a->lease(4 * MiB, false));
+    CHECK_OK(c->lease(4 * MiB, false));
+    Usage usage;
+    usage.cached = 4 * MiB;
+    a->publish(usage, {3, 4, 0, 0, 0});
+    CHECK(b->lease(MiB, true).code() == Code::unavailable);
+    CHECK(b->lease(MiB, true).code() == Code::unavailable);
+    TenantView row = row_of(ledger, "a");
+    CHECK_EQ(row.counters.asked, 1U);  // one ask stands open, however often it is repeated
+    CHECK_EQ(row.counters.misses + row.counters.evicted, 7U);
+    CHECK_EQ(row_of(ledger, "c").counters.asked, 0U);
+    CHECK_EQ(a->ask().cached, MiB);
+    a->answered();
+    a->answered();
+    CHECK_EQ(row_of(ledger, "a").counters.answered, 1U);
+    CHECK(b->lease(MiB, true).code() == Code::unavailable);
+    usleep(550'000);
+    c->publish(usage, {});
+    CHECK(b->lease(MiB, true).code() == Code::unavailable);  // a is silent now: c is asked instead
+    CHECK_EQ(c->ask().cached, MiB);
+    CHECK_EQ(a->ask().cached, MiB);  // what it hears when it comes back
+    row = row_of(ledger, "a");
+    CHECK_EQ(row.counters.asked, 2U);
+    CHECK_EQ(row.counters.late, 1U);
+    a->answered();
+    row = row_of(ledger, "a");
+    CHECK_EQ(row.counters.answered, 2U);
+    CHECK_EQ(row.counters.late, 1U);
+}

@@ -240,6 +240,33 @@ TEST("ledger files: a file of an earlier boot is replaced, unless somebody lives
     CHECK(std::string(header_of(path).boot_id.data()) != std::string(old.boot_id.data()));
 }
 
+TEST("ledger files: removing files under living tenants is noticed") {
+    Directory directory;
+    auto ledger = open(directory, 8 * MiB);
+    auto a = join(ledger, "a");
+    CHECK_EQ(unlink(directory.file("host.ledger").c_str()), 0);
+    const Status removed = try_open(directory, 8 * MiB).status();
+    CHECK(removed.code() == Code::corrupt);
+    CHECK_EQ(removed.message(), "'" + directory.file("host.ledger") +
+                                    "' was removed while tenants live that lease from it; stop them first");
+    CHECK_EQ(
+        ledger->join(named("b")).status().message(),
+        "'" + directory.file("host.ledger") + "' was removed or replaced since it was opened; open the ledger again");
+    a.reset();
+    auto fresh = open(directory, 8 * MiB);
+    CHECK(ledger->join(named("b")).status().code() == Code::corrupt);
+    auto c = join(fresh, "c");
+    CHECK_EQ(unlink(directory.file("host.alive").c_str()), 0);
+    const Status blind = try_open(directory, 8 * MiB).status();
+    CHECK(blind.code() == Code::corrupt);
+    CHECK_EQ(blind.message(), "'" + directory.file("host.alive") + "' is not the file that '" +
+                                  directory.file("host.ledger") +
+                                  "' was made with (it was removed or replaced), so nobody can tell who lives; stop "
+                                  "the engines that use this device and remove both");
+    CHECK_OK(c->lease(MiB, false));  // who has the old file open still knows
+    CHECK(row_of(fresh, "c").alive);
+}
+
 TEST("ledger files: the capacity changes only while nobody lives there") {
     Directory directory;
     auto ledger = open(directory, 8 * MiB);

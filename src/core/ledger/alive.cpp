@@ -27,6 +27,13 @@ Status lock_byte(int fd, std::uint64_t offset) noexcept {
     return {};
 }
 
+void unlock_byte(int fd, std::uint64_t offset) noexcept {
+    struct flock lock = range(offset, 1);
+    lock.l_type = F_UNLCK;
+    while (fcntl(fd, F_OFD_SETLK, &lock) != 0 && errno == EINTR) {
+    }
+}
+
 bool locked_by_other(int fd, std::uint64_t offset, std::uint64_t length) noexcept {
     struct flock lock = range(offset, length);
     while (fcntl(fd, F_OFD_GETLK, &lock) != 0) {

@@ -12,6 +12,8 @@ namespace elastickv::ledger {
 
 // Locks one byte; exists when another description holds it.
 Status lock_byte(int fd, std::uint64_t offset) noexcept;
+// Drops the lock for every copy of the descriptor, those of children that are about to exec too.
+void unlock_byte(int fd, std::uint64_t offset) noexcept;
 // Is any byte of [offset, offset+length) locked by another description? True also when the kernel cannot say: then
 // nothing is taken from a tenant that may live.
 bool locked_by_other(int fd, std::uint64_t offset, std::uint64_t length) noexcept;

@@ -127,6 +127,11 @@ Status PrivateDirectory::rename(const std::string &from, const std::string &to) 
     return system_error("cannot replace '" + file_path(to) + "'", errno);
 }
 
+std::uint64_t PrivateDirectory::inode(const std::string &name) const noexcept {
+    struct stat found{};
+    return fstatat(fd_.get(), name.c_str(), &found, AT_SYMLINK_NOFOLLOW) == 0 ? found.st_ino : 0;
+}
+
 void PrivateDirectory::unlink(const std::string &name) const noexcept { unlinkat(fd_.get(), name.c_str(), 0); }
 
 void PrivateDirectory::unlink_prefix(const std::string &prefix) const noexcept {

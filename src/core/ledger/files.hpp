@@ -47,6 +47,8 @@ class PrivateDirectory {
     Result<UniqueFd> create_new(const std::string &name, std::uint64_t bytes) const;
     Status link(const std::string &from, const std::string &to) const;    // exists when `to` is there
     Status rename(const std::string &from, const std::string &to) const;  // replaces `to` at once
+    // The inode number behind the name now; 0: there is none.
+    std::uint64_t inode(const std::string &name) const noexcept;
     void unlink(const std::string &name) const noexcept;
     // Removes files whose name begins with `prefix`. The caller knows that nobody uses them.
     void unlink_prefix(const std::string &prefix) const noexcept;

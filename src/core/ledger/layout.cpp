@@ -48,7 +48,8 @@ std::uint64_t header_checksum(const ConstantHeader &header) noexcept {
     return fnv1a(reinterpret_cast<const unsigned char *>(&header), offsetof(ConstantHeader, checksum));
 }
 
-ConstantHeader make_constant_header(const std::string &boot_id, const std::string &device) noexcept {
+ConstantHeader make_constant_header(const std::string &boot_id, const std::string &device,
+                                    std::uint64_t alive_inode) noexcept {
     ConstantHeader header{};
     header.magic = kMagic;
     header.version = kFormatVersion;
@@ -57,6 +58,7 @@ ConstantHeader make_constant_header(const std::string &boot_id, const std::strin
     header.rows = kMaxTenants;
     header.members = kMaxMembers;
     header.lock_abi = kLockAbi;
+    header.alive_inode = alive_inode;
     boot_id.copy(header.boot_id.data(), header.boot_id.size() - 1);
     device.copy(header.device.data(), header.device.size() - 1);
     header.checksum = header_checksum(header);

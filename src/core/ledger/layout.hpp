@@ -51,6 +51,7 @@ struct RevisedLimit {
 
 struct ConstantHeader {
     std::uint64_t magic, version, header_bytes, row_bytes, rows, members, lock_abi;
+    std::uint64_t alive_inode;  // of the device's "alive" file: another one would show everybody as dead
     std::array<char, 40> boot_id;
     std::array<char, 64> device;
     std::uint64_t checksum;  // of the bytes before it
@@ -106,7 +107,8 @@ std::uint64_t pack_capacity(std::uint64_t bytes) noexcept;
 bool unpack_capacity(std::uint64_t word, std::uint64_t &bytes) noexcept;
 
 std::uint64_t header_checksum(const ConstantHeader &header) noexcept;
-ConstantHeader make_constant_header(const std::string &boot_id, const std::string &device) noexcept;
+ConstantHeader make_constant_header(const std::string &boot_id, const std::string &device,
+                                    std::uint64_t alive_inode) noexcept;
 
 // Wipes what belongs to one life of a tenant (leases, demand, usage); keeps the name and the wanted limit.
 // The order is such that a reader without the lock sees the row as dead first.

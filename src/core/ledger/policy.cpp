@@ -279,7 +279,9 @@ int Snapshot::find(int slot) const noexcept {
 }
 
 bool demand_alive(const Claim &claim, std::uint64_t now_ns) noexcept {
-    return claim.demand > 0 && claim.demand_seen_ns != 0 && now_ns <= claim.demand_seen_ns + kDemandLifetimeNs;
+    // Bounded on both sides: a time stamp from the future is damage, and must not keep bytes for ever.
+    return claim.demand > 0 && claim.demand_seen_ns != 0 && now_ns <= claim.demand_seen_ns + kDemandLifetimeNs &&
+           claim.demand_seen_ns <= now_ns + kDemandLifetimeNs;
 }
 
 Verdict decide(const Snapshot &snapshot, int index, std::uint64_t bytes) noexcept {

@@ -54,9 +54,12 @@ Result<TableGuard> Table::lock(const char *doing) {
     if (error != 0 && error != EOWNERDEAD) {
         return system_error(std::string(doing) + ": cannot lock ledger '" + path_ + "'", error);
     }
+    // At once: there is nothing to undo (see repair), and a second death in here would only bring the next one here.
+    if (error == EOWNERDEAD) pthread_mutex_consistent(mutex);
+    TableGuard guard{*this};
     header().owner_pid.store(own_pid(), std::memory_order_relaxed);
     if (error == EOWNERDEAD) repair();
-    return TableGuard{*this};
+    return guard;
 }
 
 // The owner died inside. Every write is a single word that means something by itself, so there is nothing to undo:
@@ -66,12 +69,11 @@ void Table::repair() {
     reap();
     for (int slot = 0; slot < kMaxTenants; ++slot) {
         Row &one = row(slot);
-        if (get(one.named) != 0 && !valid_tenant_name(one.name.load())) one.named.store(0, std::memory_order_relaxed);
+        if (get(one.named) != 0 && !lives(slot) && !valid_tenant_name(one.name.load()))
+            one.named.store(0, std::memory_order_relaxed);
         if (lives(slot) && (get(one.weight) < 1 || get(one.weight) > 1000))
             one.weight.store(1, std::memory_order_relaxed);
     }
-    // Only now: a repairer that dies before this line leaves the same task to the next one.
-    pthread_mutex_consistent(&header().mutex);
     ring_freed();
 }
 

@@ -46,6 +46,8 @@ class Table {
     std::string alive_name() const { return device_ + ".alive"; }
     int alive_fd() const noexcept { return alive_.get(); }  // for questions only; carries no lock
 
+    // corrupt when the file was removed or replaced since it was opened: what is mapped is then nobody's table.
+    Status check_current() const;
     // Locked. corrupt when the word fails its own check.
     Result<std::uint64_t> capacity();
     // Locked. Buries tenants and members whose locks are gone; returns how many tenants.
@@ -73,9 +75,13 @@ class Table {
     Status open_or_create(std::uint64_t capacity);
     Result<bool> try_map();  // true: mapped; false: of an earlier boot
     Status check_header(const ConstantHeader &found) const;
+    Status check_unused(bool stale) const;
     Status publish_new(std::uint64_t capacity, bool replace);
     Status init_mutex(File &file) const;
     void repair();
+    ConstantHeader expected_header() const noexcept {
+        return make_constant_header(boot_id_, device_, directory_.inode(alive_name()));
+    }
     void unmap() noexcept;
     std::string file_name() const { return device_ + ".ledger"; }
 
@@ -86,6 +92,7 @@ class Table {
     std::string boot_id_;
     UniqueFd alive_;
     File *file_ = nullptr;
+    std::uint64_t inode_ = 0;
 };
 
 // [A-Za-z0-9._:-], 1 to 63 bytes, not beginning with a dot.

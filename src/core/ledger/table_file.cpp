@@ -97,11 +97,7 @@ Status Table::open_or_create(std::uint64_t capacity) {
         if (mapped.ok() && *mapped) return {};
         const bool stale = mapped.ok();
         if (!stale && mapped.status().code() != Code::not_found) return mapped.status();
-        if (stale && locked_by_other(alive_.get(), 0, std::uint64_t{kMaxTenants} * kMaxMembers)) {
-            return {Code::corrupt, "'" + path_ +
-                                       "' was written under another boot of this machine, yet tenants live "
-                                       "on it; share a ledger directory only among processes of one machine"};
-        }
+        if (Status status = check_unused(stale); !status.ok()) return status;
         if (stale && capacity == 0) {
             return {Code::not_found, "the ledger '" + path_ +
                                          "' is of an earlier boot and nobody has used the device "
@@ -110,6 +106,22 @@ Status Table::open_or_create(std::uint64_t capacity) {
         if (Status status = publish_new(capacity, stale); !status.ok() && status.code() != Code::exists) return status;
     }
     return {Code::timeout, "the ledger '" + path_ + "' was replaced by others 16 times while it was being opened"};
+}
+
+// A table is made anew only where nobody lives: who lives has leases on a table that would no longer count.
+Status Table::check_unused(bool stale) const {
+    if (!locked_by_other(alive_.get(), 0, std::uint64_t{kMaxTenants} * kMaxMembers)) return {};
+    if (stale) {
+        return {Code::corrupt, "'" + path_ +
+                                   "' was written under another boot of this machine, yet tenants live on "
+                                   "it; share a ledger directory only among processes of one machine"};
+    }
+    return {Code::corrupt, "'" + path_ + "' was removed while tenants live that lease from it; stop them first"};
+}
+
+Status Table::check_current() const {
+    if (directory_.inode(file_name()) == inode_) return {};
+    return {Code::corrupt, "'" + path_ + "' was removed or replaced since it was opened; open the ledger again"};
 }
 
 Result<bool> Table::try_map() {
@@ -135,6 +147,8 @@ Result<bool> Table::try_map() {
     void *mapped = mmap(nullptr, sizeof(File), PROT_READ | PROT_WRITE, MAP_SHARED, fd->get(), 0);
     if (mapped == MAP_FAILED) return system_error("cannot map '" + path_ + "'", errno);
     file_ = static_cast<File *>(mapped);
+    struct stat status{};
+    inode_ = fstat(fd->get(), &status) == 0 ? status.st_ino : 0;
     std::uint64_t bytes = 0;
     if (!unpack_capacity(file_->header.capacity.load(std::memory_order_acquire), bytes)) {
         unmap();
@@ -148,7 +162,7 @@ Status Table::check_header(const ConstantHeader &found) const {
     const auto wrong = [this](const char *what, const std::string &have, const std::string &want) {
         return Status{Code::corrupt, "'" + path_ + "': its " + what + " is " + have + ", expected " + want + kRemedy};
     };
-    const ConstantHeader expected = make_constant_header(boot_id_, device_);
+    const ConstantHeader expected = expected_header();
     if (found.magic != expected.magic) {
         return wrong("magic number", std::to_string(found.magic), std::to_string(expected.magic));
     }
@@ -173,6 +187,11 @@ Status Table::check_header(const ConstantHeader &found) const {
     }
     if (found.device != expected.device) {
         return wrong("device", "'" + printable(found.device) + "'", "'" + device_ + "'");
+    }
+    if (boot_id_ == found.boot_id.data() && found.alive_inode != expected.alive_inode) {
+        return {Code::corrupt, "'" + directory_.file_path(alive_name()) + "' is not the file that '" + path_ +
+                                   "' was made with (it was removed or replaced), so nobody can tell who lives; stop "
+                                   "the engines that use this device and remove both"};
     }
     return {};
 }
@@ -205,7 +224,7 @@ Status Table::publish_new(std::uint64_t capacity, bool replace) {
     File *file = new (mapped) File;  // all zeros: a table without rows
     Status status = init_mutex(*file);
     file->header.capacity.store(pack_capacity(capacity), std::memory_order_relaxed);
-    file->header.constant = make_constant_header(boot_id_, device_);
+    file->header.constant = expected_header();
     munmap(mapped, sizeof(File));
     (void)fault::point("ledger.create.before_publish");
     if (status.ok()) status = replace ? directory_.rename(name, file_name()) : directory_.link(name, file_name());

@@ -201,6 +201,7 @@ Result<std::unique_ptr<Tenant>> TableLedger::join(const TenantOptions &options) 
     if (!fd.ok()) return fd.status();
     Result<TableGuard> guard = table_->lock("joining as a tenant");
     if (!guard.ok()) return guard.status();
+    if (Status status = table_->check_current(); !status.ok()) return status;
     table_->reap();
     if (Status status = settle_capacity_locked(); !status.ok()) return status;
     const Result<int> slot = choose_slot(options.name);
@@ -222,6 +223,7 @@ Result<std::unique_ptr<Tenant>> TableLedger::attach(int slot, std::uint64_t inca
     if (!fd.ok()) return fd.status();
     Result<TableGuard> guard = table_->lock("attaching to a tenant");
     if (!guard.ok()) return guard.status();
+    if (Status status = table_->check_current(); !status.ok()) return status;
     table_->reap();
     if (get(table_->row(slot).incarnation) != incarnation) {
         return Status{Code::not_found, "the tenant in slot " + std::to_string(slot) + ", incarnation " +

@@ -46,6 +46,7 @@ void TableTenant::leave() noexcept {
     while (inside_.load() != 0) sched_yield();
     Result<TableGuard> guard = table_.lock("leaving the ledger");
     put(row().mapped[static_cast<std::size_t>(member_)], 0);
+    unlock_byte(fd_->get(), alive_byte(slot_, member_));
     fd_->close();
     // Without the mutex the row stays as it is, and the next one who looks finds nobody behind it.
     if (guard.ok() && !slot_alive(table_.alive_fd(), slot_)) {
@@ -242,9 +243,10 @@ Ask TableTenant::ask() {
     if (!guard.ok()) return {};
     Result<std::uint64_t> capacity = table_.capacity();
     if (!capacity.ok()) return {};
-    const policy::Snapshot snapshot = table_.snapshot(*capacity);
+    policy::Snapshot snapshot = table_.snapshot(*capacity);
     const int index = snapshot.find(slot_);
     if (index < 0) return {};
+    snapshot.claims[static_cast<std::size_t>(index)].ask_open_ns = 0;  // late perhaps, but here it is
     return policy::asks(snapshot)[static_cast<std::size_t>(index)];
 }
 
