@@ -1,0 +1,261 @@
+"""The ledger from Python: values, errors, waits, and processes that die."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from elastickv import _core
+from elastickv.config import Settings
+from elastickv.errors import (
+    AccessDenied,
+    AlreadyExists,
+    DeadlineExceeded,
+    InvalidArgument,
+    LedgerCorrupt,
+    NotFound,
+)
+from elastickv.ledger import DeviceView, Limit, open_ledger, order_limit, read_device
+
+MIB = 1 << 20
+CAPACITY = 64 * MIB
+
+HOLDER = """
+import sys
+from elastickv import _core
+tenant = _core.Ledger.open(sys.argv[1], "host").join(sys.argv[2])
+print(tenant.lease(int(sys.argv[3])), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def ledger(directory: Path) -> _core.Ledger:
+    return _core.Ledger.open(str(directory), "host", CAPACITY)
+
+
+@contextmanager
+def holder(directory: Path, name: str, size: int) -> Iterator[subprocess.Popen[str]]:
+    """A process that has leased `size` bytes; killed at the end if it still runs."""
+    command = [sys.executable, "-c", HOLDER, str(directory), name, str(size)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "True\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def test_the_view_is_frozen_and_complete(ledger: _core.Ledger) -> None:
+    tenant = ledger.join(
+        "chat", floor=MIB, limit=32 * MIB, weight=3, priority=-1, engine="test 1", layout="one span", page_bytes=4096
+    )
+    assert tenant.lease(4 * MIB)
+    assert tenant.lease_static(2 * MIB)
+    tenant.publish(virtual_bytes=100 * MIB, used=MIB, cached=2 * MIB, mapped_free=MIB, misses=5, evicted=6)
+    tenant.add_mapped(3 * MIB)
+    ledger.set_unmanaged(8 * MIB)
+    view = read_device(ledger)
+    row = view.tenant("chat")
+    assert (view.device, view.capacity, view.unmanaged) == ("host", CAPACITY, 8 * MIB)
+    assert (view.held, view.free) == (6 * MIB, 50 * MIB)
+    assert (row.held, row.leased, row.static_bytes, row.mapped) == (6 * MIB, 4 * MIB, 2 * MIB, 3 * MIB)
+    assert (row.floor, row.weight, row.priority, row.page_bytes) == (MIB, 3, -1, 4096)
+    assert (row.engine, row.layout, row.pid, row.alive) == ("test 1", "one span", os.getpid(), True)
+    assert row.wanted == row.applied
+    assert row.wanted.bytes == 32 * MIB
+    assert (row.usage.used, row.usage.cached, row.counters.misses) == (MIB, 2 * MIB, 5)
+    assert abs(row.since_unix_ns / 1e9 - time.time()) < 60
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        row.leased = 0  # type: ignore[misc]
+    with pytest.raises(NotFound, match=r"^no tenant named 'x' on device 'host'; there are: chat$"):
+        view.tenant("x")
+    tenant.close()
+    assert not DeviceView.from_dict(ledger.view()).tenant("chat").alive
+
+
+def test_a_refused_lease_is_false_and_rings(ledger: _core.Ledger) -> None:
+    one, two = ledger.join("one"), ledger.join("two")
+    assert one.lease(CAPACITY)
+    assert two.lease(MIB) is False
+    assert not one.pressed()
+    seen = one.bell_word()
+    assert two.lease(MIB, True) is False
+    assert one.pressed()
+    assert one.wait_bell(seen, 0) != seen
+    assert read_device(ledger).tenant("two").demand == MIB
+    one.publish(mapped_free=2 * MIB)
+    assert one.ask() == {"mapped_free": MIB, "cached": 0, "over_limit": 0, "as_freed": 0}
+    freed = two.freed_word()
+    one.give(MIB)
+    one.answered()
+    assert two.wait_freed(freed, 0) != freed
+    assert two.lease(MIB, True)
+    assert (one.leased, two.leased, two.headroom()) == (CAPACITY - MIB, MIB, 0)
+
+
+def test_waiting_releases_the_gil(ledger: _core.Ledger) -> None:
+    one, two = ledger.join("one"), ledger.join("two")
+    assert one.lease(CAPACITY)
+    seen = one.bell_word()
+    woken: list[float] = []
+
+    def sleep() -> None:
+        one.wait_bell(seen, 5_000_000)
+        woken.append(time.monotonic())
+
+    thread = threading.Thread(target=sleep)
+    thread.start()
+    time.sleep(0.05)
+    assert woken == []
+    rung = time.monotonic()
+    assert two.lease(MIB, True) is False
+    thread.join(5)
+    assert woken[0] - rung < 0.5
+
+
+def test_limits_are_ordered_waited_for_and_kept(ledger: _core.Ledger) -> None:
+    tenant = ledger.join("chat", floor=2 * MIB)
+    assert tenant.limit_wanted == (None, 0)
+    begin = time.monotonic()
+    with pytest.raises(DeadlineExceeded, match=r"did not acknowledge revision \d+ of its limit within 50 ms") as late:
+        order_limit(ledger, "chat", 8 * MIB, timeout_ms=50)
+    assert 0.05 <= time.monotonic() - begin < 2
+    assert "it holds revision 0 (no limit)" in str(late.value)
+    assert tenant.lease(9 * MIB) is False
+    assert tenant.pressed()
+    wanted = tenant.limit_wanted
+    tenant.acknowledge_limit(*wanted)
+    assert not tenant.pressed()
+    ledger.wait_limit("chat", wanted[1], 0)
+    answer = threading.Timer(0.05, lambda: tenant.acknowledge_limit(*tenant.limit_wanted))
+    answer.start()
+    limit = order_limit(ledger, "chat", None, timeout_ms=2000)
+    answer.join()
+    assert limit == Limit(None, tenant.limit_held[1])
+    with pytest.raises(InvalidArgument, match="a limit of 1 MiB is under its floor of 2 MiB"):
+        ledger.order_limit("chat", MIB)
+    tenant.close()
+    with pytest.raises(NotFound, match="does not run, so nobody can acknowledge its limit; the limit is kept"):
+        order_limit(ledger, "chat", 4 * MIB, timeout_ms=50)
+    again = ledger.join("chat")
+    assert again.limit_held[0] == 4 * MIB
+    again.close()
+    last = ledger.join("chat", limit=None, set_limit=True)
+    assert last.limit_held[0] is None
+    with pytest.raises(AlreadyExists):
+        ledger.forget("chat")
+
+
+def test_ctrl_c_ends_the_wait_for_a_limit(ledger: _core.Ledger) -> None:
+    tenant = ledger.join("chat")
+    revision = ledger.order_limit("chat", MIB)
+    timer = threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        ledger.wait_limit("chat", revision, 20_000)
+    assert time.monotonic() - begin < 5
+    timer.join()
+    tenant.close()
+
+
+def test_errors_have_their_classes(ledger: _core.Ledger, directory: Path, tmp_path: Path) -> None:
+    tenant = ledger.join("chat")
+    with pytest.raises(AlreadyExists, match=rf"'chat' runs on device 'host' \(started by process {os.getpid()}\)"):
+        ledger.join("chat")
+    with pytest.raises(AlreadyExists, match="is shared at a capacity of 64 MiB by the tenants that run now"):
+        _core.Ledger.open(str(directory), "host", 2 * CAPACITY)
+    with pytest.raises(InvalidArgument, match="is no tenant name"):
+        ledger.join("a/b")
+    with pytest.raises(NotFound, match="there is no ledger of device 'other'"):
+        _core.Ledger.open(str(directory), "other")
+    with pytest.raises(NotFound, match="is gone; start its engine again"):
+        ledger.attach(tenant.slot, tenant.incarnation + 1)
+    with pytest.raises(TypeError):
+        tenant.lease(-1)
+    open_to_all = tmp_path / "open"
+    open_to_all.mkdir()
+    open_to_all.chmod(0o755)
+    with pytest.raises(
+        AccessDenied, match=f"has mode 0755, so others can reach it; make it private: chmod 700 '{open_to_all}'"
+    ):
+        _core.Ledger.open(str(open_to_all), "host", CAPACITY)
+    tenant.close()
+    with pytest.raises(AccessDenied, match="this tenant has left the ledger"):
+        tenant.lease(1)
+    Path(ledger.path).write_bytes(b"x" * 4096)
+    with pytest.raises(LedgerCorrupt, match="its magic number is"):
+        _core.Ledger.open(str(directory), "host")
+
+
+def test_the_settings_directory_is_used(directory: Path) -> None:
+    settings = Settings.load(arguments={"directory": str(directory)})
+    with pytest.raises(NotFound):
+        open_ledger(settings, "host")
+    assert read_device(open_ledger(settings, "host", CAPACITY)).capacity == CAPACITY
+    assert read_device(open_ledger(settings, "host")).tenants == ()
+
+
+def test_the_leases_of_a_killed_process_come_back(ledger: _core.Ledger, directory: Path) -> None:
+    tenant = ledger.join("survivor")
+    with holder(directory, "victim", CAPACITY) as process:
+        assert tenant.lease(MIB) is False
+        assert read_device(ledger).tenant("victim").pid == process.pid
+        process.kill()
+        begin = time.monotonic()
+        while not tenant.lease(CAPACITY, True):
+            assert time.monotonic() - begin < 1
+            tenant.wait_freed(tenant.freed_word(), 10_000)
+    row = read_device(ledger).tenant("victim")
+    assert (row.alive, row.held, row.demand) == (False, 0, 0)
+
+
+def test_a_process_killed_with_the_lock_stops_nobody(ledger: _core.Ledger, directory: Path) -> None:
+    code = 'from elastickv import _core; _core.set_fault("ledger.lease.granted", "kill")\n' + HOLDER
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(directory), "victim", str(CAPACITY)], check=False, timeout=60
+    )
+    assert result.returncode == -signal.SIGKILL
+    begin = time.monotonic()
+    assert ledger.join("survivor").lease(CAPACITY)
+    assert time.monotonic() - begin < 1
+
+
+def _child(tenant: _core.Tenant, answers: multiprocessing.SimpleQueue[str]) -> None:
+    try:
+        tenant.lease(1)
+    except AccessDenied as error:
+        answers.put(str(error))
+    tenant.close()
+
+
+def test_a_forked_child_is_no_member(ledger: _core.Ledger) -> None:
+    tenant = ledger.join("chat")
+    assert tenant.lease(MIB)
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+    child = context.Process(target=_child, args=(tenant, answers))
+    child.start()
+    assert answers.get() == "this tenant belongs to the parent process; a forked child must attach itself"
+    child.join(10)
+    assert read_device(ledger).tenant("chat").leased == MIB
+
+
+def test_unknown_faults_are_refused() -> None:
+    with pytest.raises(InvalidArgument, match="'explode' is no fault: kill, delay or fail"):
+        _core.set_fault("ledger.lease.locked", "explode")
+    _core.set_fault("ledger.lease.locked", "delay", 0, 10)
+    _core.clear_faults()
