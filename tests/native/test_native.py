@@ -43,6 +43,8 @@ def build(kind: str) -> Path:
     cmake = shutil.which("cmake", path=path)
     assert cmake, "no cmake on the PATH or beside this Python; run scripts/setup"
     options = ["-DELASTICKV_BINDINGS=OFF", "-DELASTICKV_NATIVE_TESTS=ON", f"-DELASTICKV_SANITIZE={sanitizer}"]
+    if sanitizer:  # reports are easier to read, and compiling takes half as long
+        options.append("-DCMAKE_CXX_FLAGS_RELEASE=-O1")
     run([cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", *options], BUILD_S, PATH=path)
     run([cmake, "--build", str(folder), "--parallel", str(os.cpu_count() or 1)], BUILD_S, PATH=path)
     return folder / "native_tests"
