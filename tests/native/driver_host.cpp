@@ -232,6 +232,52 @@ TEST("host driver: children forked while another thread maps hold nothing either
     CHECK(driver->stats() == DriverStats{});
 }
 
+// Maps as many single pages as there may be, with or without gaps, then unmaps every other one and then the rest.
+// Returns what went wrong, 0 for nothing. Without gaps the kernel joins them into one mapping, which unmapping tears
+// apart again.
+int exhaust_mappings(std::uint64_t stride) {
+    constexpr std::uint64_t kSmall = 4096;
+    const std::uint64_t limit = mapped_ranges_limit();
+    Result<std::shared_ptr<Driver>> made = make_host_driver({kSmall, std::uint64_t{1} << 30});
+    if (!made.ok()) return 1;
+    const std::shared_ptr<Driver> driver = *made;
+    Result<Address> start = driver->reserve(stride * kSmall * (limit + 1));
+    if (!start.ok()) return 2;
+    for (std::uint64_t i = 0; i <= limit; ++i) {
+        Result<PhysicalId> id = driver->create(kSmall);
+        if (!id.ok()) return 3;
+        const Status status = driver->map(*start + stride * kSmall * i, kSmall, *id);
+        if (i < limit && !status.ok()) return 4;
+        if (i < limit) continue;
+        if (status.code() != Code::out_of_memory || status.message().find("vm.max_map_count") == std::string::npos)
+            return 5;
+    }
+    if (driver->stats().mappings != limit) return 6;
+    for (const std::uint64_t first : {0, 1}) {
+        for (std::uint64_t i = first; i < limit; i += 2) {
+            if (!driver->unmap(*start + stride * kSmall * i, kSmall).ok()) return first == 0 ? 7 : 8;
+        }
+    }
+    return driver->stats().mappings == 0 ? 0 : 9;
+}
+
+TEST("host driver: running out of mappings is an answer, and giving back still works") {
+    if (mapped_ranges_limit() > 100000) {
+        std::printf("      skipped: %llu ranges may be mapped here\n",
+                    static_cast<unsigned long long>(mapped_ranges_limit()));
+        return;
+    }
+    for (const std::uint64_t stride : {1, 2}) {
+        std::fflush(nullptr);
+        const pid_t child = ::fork();
+        if (child == 0) ::_exit(exhaust_mappings(stride));
+        int status = 0;
+        CHECK_EQ(::waitpid(child, &status, 0), child);
+        CHECK(WIFEXITED(status));
+        CHECK_EQ(WEXITSTATUS(status), 0);
+    }
+}
+
 TEST("host driver: the fence has always passed") {
     auto driver = open_host();
     auto fence = must(driver->record(12345));

@@ -239,11 +239,13 @@ std::uint64_t Book::created_bytes() const {
     return stats_.created_bytes;
 }
 
-void Book::forget() {
+std::uint64_t Book::forget() {
+    const std::uint64_t mappings = stats_.mappings;
     reservations_.clear();
     mappings_.clear();
     memory_.clear();
     stats_ = {};
+    return mappings;
 }
 
 }  // namespace elastickv

@@ -67,10 +67,11 @@ class Book {
     DriverStats stats() const;
     std::uint64_t created_bytes() const;
 
-    // Around fork(): nothing may be half changed in the child. forget() empties the book there.
+    // Around fork(): nothing may be half changed in the child. forget() empties the book there, and returns how many
+    // mappings it had.
     void lock() const { mutex_.lock(); }
     void unlock() const { mutex_.unlock(); }
-    void forget();  // requires lock()
+    std::uint64_t forget();  // requires lock()
 
   private:
     struct Mapping {

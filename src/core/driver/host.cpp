@@ -59,6 +59,18 @@ int cover(Address address, std::uint64_t bytes) {
     return 0;
 }
 
+// Ranges that the host drivers of this process have mapped, or are about to.
+std::atomic<std::uint64_t> mapped_ranges{0};
+
+// Counts one range more, or says why not.
+Status count_range(std::uint64_t limit) {
+    if (mapped_ranges.fetch_add(1) < limit) return {};
+    mapped_ranges.fetch_sub(1);
+    return {Code::out_of_memory, "map: this process has " + std::to_string(limit) +
+                                     " ranges mapped, all that fit under the kernel's vm.max_map_count; raise that, or "
+                                     "use larger pages (page_bytes)"};
+}
+
 class HostDriver final : public Driver, public ForkAware {
   public:
     explicit HostDriver(const HostOptions &options)
@@ -90,6 +102,7 @@ class HostDriver final : public Driver, public ForkAware {
 
     const std::uint64_t page_bytes_;
     const std::uint64_t total_bytes_;
+    const std::uint64_t ranges_limit_ = mapped_ranges_limit();
     Book book_;
     HostFile file_;
     std::mutex fork_mutex_;  // a mapping of the file must not be forked before it is marked MADV_DONTFORK
@@ -100,6 +113,7 @@ class HostDriver final : public Driver, public ForkAware {
 // Whatever was not given back goes now; the memory itself goes with the file once nothing maps it.
 HostDriver::~HostDriver() {
     ignore_forks();
+    mapped_ranges.fetch_sub(book_.stats().mappings);
     const Status status = no_throw([&]() -> Status {
         for (const auto &[address, bytes] : book_.remains().reservations) {
             if (::munmap(pointer(address), bytes) != 0) return map_failure("closing", address, bytes, errno);
@@ -207,8 +221,13 @@ Status HostDriver::release(PhysicalId id) noexcept {
 Status HostDriver::map(Address address, std::uint64_t bytes, PhysicalId id) noexcept {
     return no_throw([&]() -> Status {
         if (forked_) return forked("map");
+        // Counted before the book knows it and until after it has forgotten it: a fork in between never counts too few.
+        if (Status status = count_range(ranges_limit_); !status.ok()) return status;
         Result<std::uint64_t> offset = book_.begin_map(address, bytes, id);
-        if (!offset.ok()) return offset.status();
+        if (!offset.ok()) {
+            mapped_ranges.fetch_sub(1);
+            return offset.status();
+        }
         // The kernel counts mappings before it takes the old one away, so a failure leaves the reservation in place.
         int error = 0;
         {
@@ -219,6 +238,7 @@ Status HostDriver::map(Address address, std::uint64_t bytes, PhysicalId id) noex
             if (error != 0 && at != MAP_FAILED) error = cover(address, bytes) == 0 ? error : EFAULT;
         }
         book_.end_map(address, error == 0);
+        if (error != 0) mapped_ranges.fetch_sub(1);
         return error == 0 ? Status() : map_failure("map", address, bytes, error);
     });
 }
@@ -245,6 +265,7 @@ Status HostDriver::unmap(Address address, std::uint64_t bytes) noexcept {
         if (Status status = book_.begin_unmap(address, bytes); !status.ok()) return status;
         const int error = cover(address, bytes);
         book_.end_unmap(address, error == 0);
+        if (error == 0) mapped_ranges.fetch_sub(1);
         return error == 0 ? Status() : map_failure("unmap", address, bytes, error);
     });
 }
@@ -275,7 +296,7 @@ void HostDriver::after_fork_in_parent() noexcept {
 void HostDriver::after_fork_in_child() noexcept {
     forked_ = true;
     file_.close_in_child();
-    book_.forget();
+    mapped_ranges.fetch_sub(book_.forget());
     after_fork_in_parent();
 }
 

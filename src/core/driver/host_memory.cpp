@@ -101,4 +101,10 @@ std::uint64_t available_host_bytes(std::uint64_t enough) {
     return std::min(meminfo_available(), group);
 }
 
+std::uint64_t mapped_ranges_limit() {
+    constexpr std::uint64_t kKernelDefault = 65530;
+    const std::uint64_t mappings = number_in("/proc/sys/vm/max_map_count").value_or(kKernelDefault);
+    return (mappings - mappings / 16) / 2;
+}
+
 }  // namespace elastickv
