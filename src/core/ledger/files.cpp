@@ -83,7 +83,7 @@ Result<UniqueFd> PrivateDirectory::open_file(const std::string &name) const {
     UniqueFd fd{openat(fd_.get(), name.c_str(), O_RDWR | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK)};
     if (fd.get() < 0) {
         if (errno == ELOOP) {
-            return Status{Code::denied, "'" + file_path(name) + "' is a symlink; remove it"};
+            return Status{Code::denied, quoted(file_path(name)) + " is a symlink; remove it"};
         }
         return system_error("cannot open '" + file_path(name) + "'", errno);
     }
@@ -118,7 +118,7 @@ Result<UniqueFd> PrivateDirectory::create_new(const std::string &name, std::uint
 
 Status PrivateDirectory::link(const std::string &from, const std::string &to) const {
     if (linkat(fd_.get(), from.c_str(), fd_.get(), to.c_str(), 0) == 0) return {};
-    if (errno == EEXIST) return {Code::exists, "'" + file_path(to) + "' exists"};
+    if (errno == EEXIST) return {Code::exists, quoted(file_path(to)) + " exists"};
     return system_error("cannot link '" + file_path(to) + "'", errno);
 }
 

@@ -116,12 +116,12 @@ Status Table::check_unused(bool stale) const {
                                    "' was written under another boot of this machine, yet tenants live on "
                                    "it; share a ledger directory only among processes of one machine"};
     }
-    return {Code::corrupt, "'" + path_ + "' was removed while tenants live that lease from it; stop them first"};
+    return {Code::corrupt, quoted(path_) + " was removed while tenants live that lease from it; stop them first"};
 }
 
 Status Table::check_current() const {
     if (directory_.inode(file_name()) == inode_) return {};
-    return {Code::corrupt, "'" + path_ + "' was removed or replaced since it was opened; open the ledger again"};
+    return {Code::corrupt, quoted(path_) + " was removed or replaced since it was opened; open the ledger again"};
 }
 
 Result<bool> Table::try_map() {
@@ -186,10 +186,10 @@ Status Table::check_header(const ConstantHeader &found) const {
         return wrong("header checksum", std::to_string(found.checksum), std::to_string(sum));
     }
     if (found.device != expected.device) {
-        return wrong("device", "'" + printable(found.device) + "'", "'" + device_ + "'");
+        return wrong("device", quoted(printable(found.device)), quoted(device_));
     }
     if (boot_id_ == found.boot_id.data() && found.alive_inode != expected.alive_inode) {
-        return {Code::corrupt, "'" + directory_.file_path(alive_name()) + "' is not the file that '" + path_ +
+        return {Code::corrupt, quoted(directory_.file_path(alive_name())) + " is not the file that '" + path_ +
                                    "' was made with (it was removed or replaced), so nobody can tell who lives; stop "
                                    "the engines that use this device and remove both"};
     }
@@ -210,7 +210,8 @@ Status Table::init_mutex(File &file) const {
 
 // The caller holds the directory's lock, so any temporary file that is there belongs to a creator who died.
 Status Table::publish_new(std::uint64_t capacity, bool replace) {
-    const std::string prefix = "." + file_name() + ".new.";
+    std::string prefix = ".";  // file_path() of a name that no device can have
+    prefix += file_name() + ".new.";
     directory_.unlink_prefix(prefix);
     const std::string name = prefix + std::to_string(own_pid());
     Result<UniqueFd> fd = directory_.create_new(name, sizeof(File));

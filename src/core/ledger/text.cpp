@@ -10,6 +10,13 @@ std::string human_ms(std::uint64_t ms) {
     return std::to_string(ms) + " ms";
 }
 
+std::string quoted(const std::string &text) {
+    std::string out = "'";
+    out += text;
+    out += '\'';
+    return out;
+}
+
 std::string octal_mode(unsigned mode) {
     std::array<char, 16> text{};
     std::snprintf(text.data(), text.size(), "0%03o", mode & 07777U);
