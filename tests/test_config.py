@@ -26,7 +26,7 @@ def test_defaults() -> None:
     settings = Settings.load(environ={})
     assert settings.directory == Path(f"/dev/shm/elastickv-{os.getuid()}")
     assert (settings.enabled, settings.device, settings.floor, settings.limit) == (False, "auto", 0, None)
-    assert (settings.page, settings.idle_release, settings.give_back_wait) == (65536, 2.0, 20)
+    assert (settings.page, settings.idle_release, settings.give_back_wait) == (None, 2.0, 20)
     assert not settings.given
     assert not settings.set_limit
     assert settings.tenant_name == f"engine-{os.getpid()}"
@@ -47,7 +47,7 @@ def test_command_line_beats_environment_beats_file_beats_default(tmp_path: Path)
     assert settings.priority == 2
     assert settings.enabled
     assert settings.idle_release == 0.5
-    assert settings.page == 65536
+    assert settings.page is None
     assert settings.set_limit
 
 

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from elastickv.config import Settings
 from elastickv.errors import InvalidArgument
-from elastickv.memory import PoolGeometry, RankGeometry, align_blocks
+from elastickv.memory import PoolGeometry, RankGeometry, align_blocks, device_page
 
 PAGE = 64 * 1024
 
@@ -17,9 +18,7 @@ PAGE = 64 * 1024
     shapes=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 64)), min_size=1, max_size=4),
     unit=st.sampled_from([512, 1536, 24 * 1024]),
 )
-def test_a_block_lies_on_the_same_pages_for_every_rank(
-    blocks: int, shapes: list[tuple[int, int]], unit: int
-) -> None:
+def test_a_block_lies_on_the_same_pages_for_every_rank(blocks: int, shapes: list[tuple[int, int]], unit: int) -> None:
     ranks = [RankGeometry("host", spans, factor * unit) for spans, factor in shapes]
     for rank in ranks:
         blocks = max(2, align_blocks(blocks, PAGE, rank.block_bytes)) if rank.spans > 1 else blocks
@@ -65,3 +64,15 @@ def test_spans_that_do_not_start_on_pages_are_refused_with_the_number_that_works
 def test_wrong_shapes(blocks: int, ranks: list[RankGeometry], text: str) -> None:
     with pytest.raises(InvalidArgument, match=text):
         PoolGeometry.of(blocks, PAGE, ranks)
+
+
+@pytest.mark.parametrize(
+    ("capacity", "given", "page"),
+    [(1 << 30, {}, 64 * 1024), (12 << 30, {}, 1 << 20), (512 << 30, {}, 32 << 20), (12 << 30, {"page": "4KiB"}, 4096)],
+)
+def test_the_host_page_keeps_the_kernel_s_count_of_ranges_low(
+    capacity: int, given: dict[str, object], page: int
+) -> None:
+    settings = Settings.load(arguments=given, environ={})
+    assert device_page("host", settings, capacity) == page
+    assert device_page("GPU-1", settings, capacity) == 2 << 20

@@ -194,7 +194,12 @@ VARIABLES: Final[tuple[Variable, ...]] = (
         "priority", _integer(-1000, 1000), "0", "Tenants with a higher priority keep their cached prefixes longer."
     ),
     Variable("virtual", _positive_size, "the capacity", "Bytes of address space reserved for an engine's cache."),
-    Variable("page", _page, "64KiB", "Page size on the host, a power of two. On a GPU the driver decides (2 MiB)."),
+    Variable(
+        "page",
+        _page,
+        "64KiB, or more for a large virtual size",
+        "Page size on the host, a power of two. On a GPU the driver decides (2 MiB).",
+    ),
     Variable(
         "max_extent",
         _positive_size,
@@ -233,7 +238,7 @@ class Settings:
     weight: int = 1
     priority: int = 0
     virtual: int | None = None
-    page: int = 64 * 1024
+    page: int | None = None
     max_extent: int | None = None
     idle_release: float = 2.0
     cache_release: float | None = None

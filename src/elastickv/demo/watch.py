@@ -15,6 +15,7 @@ from elastickv.ledger import DeviceView, read_device
 __all__ = ["KernelMemory", "Watch", "queued_by_static_split"]
 
 MEMORY_FILE = "/memfd:elastickv"
+RETRIES = 3
 
 
 class KernelMemory:
@@ -96,12 +97,19 @@ class Watch:
                 self.error = error
                 return
 
+    def _by_kernel(self, capacity: int) -> int:
+        """What the kernel says; a reading over the capacity counts only if it stands when it is taken again."""
+        if self.kernel is None:
+            return 0
+        reading = self.kernel()
+        return reading if reading <= capacity else min(self.kernel() for _ in range(RETRIES))
+
     def _look(self, view: DeviceView) -> None:
         self.samples += 1
         for tenant in view.tenants:
             self.peaks[tenant.name] = max(self.peaks.get(tenant.name, 0), tenant.held)
         self.peak_sum = max(self.peak_sum, view.held)
-        by_kernel = self.kernel() if self.kernel is not None else 0
+        by_kernel = self._by_kernel(view.capacity)
         self.peak_kernel = max(self.peak_kernel, by_kernel)
         self.over_budget += view.held > view.capacity or by_kernel > view.capacity
         if self.show is not None:

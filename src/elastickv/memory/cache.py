@@ -15,15 +15,29 @@ from elastickv.units import format_size
 __all__ = ["CUDA_PAGE", "Cache", "device_page", "open_device_ledger"]
 
 CUDA_PAGE = 2 * 1024 * 1024
-"""Minimum and recommended granularity of cuMemCreate on every NVIDIA GPU so far; the driver is asked again on attach."""
+"""Minimum and recommended granularity of cuMemCreate on NVIDIA GPUs so far; the driver is asked again on attach."""
 
 CUDA_EXTENT = 64 * 1024 * 1024
 """Past this a driver call's cost grows with the bytes again (64 MiB: 45 us up, 65 us down, H100, driver 580)."""
 
 
-def device_page(device: str, settings: Settings) -> int:
-    """The page of the device, in bytes."""
-    return settings.page if device == "host" else CUDA_PAGE
+HOST_PAGE = 64 * 1024
+HOST_RANGES = 16384
+"""Ranges that a host cache is mapped in at most: the kernel allows a process 65,530 (vm.max_map_count), and the host
+driver takes less than half of them, for splitting a range to unmap it needs more."""
+
+
+def device_page(device: str, settings: Settings, capacity: int) -> int:
+    """The page of the device, in bytes.
+
+    On the host it is 64 KiB, or the power of two that cuts the virtual size (or the capacity, bytes) into HOST_RANGES.
+    """
+    if device != "host":
+        return CUDA_PAGE
+    if settings.page is not None:
+        return settings.page
+    reach = settings.virtual or capacity
+    return max(HOST_PAGE, 1 << max(0, (reach // HOST_RANGES - 1).bit_length()))
 
 
 def open_device_ledger(device: str, settings: Settings, capacity: int | None = None) -> _core.Ledger:
@@ -80,11 +94,12 @@ class Cache:
         devices = tuple(dict.fromkeys(rank.device for rank in ranks))
         if not devices:
             raise InvalidArgument("a cache needs at least one rank", ranks=0)
-        geometry = PoolGeometry.of(num_blocks, device_page(devices[0], settings), ranks)
+        ledgers = {device: open_device_ledger(device, settings, (capacity or {}).get(device)) for device in devices}
+        page = device_page(devices[0], settings, int(ledgers[devices[0]].view()["capacity"]))
+        geometry = PoolGeometry.of(num_blocks, page, ranks)
         tenants: dict[str, _core.Tenant] = {}
         try:
-            for device in devices:
-                ledger = open_device_ledger(device, settings, (capacity or {}).get(device))
+            for device, ledger in ledgers.items():
                 tenants[device] = _join(ledger, device, settings, geometry, engine, layout)
             return cls._over(settings, geometry, tenants, layout)
         except BaseException:  # whatever it was, the names must be free again; it goes on to the caller
@@ -93,9 +108,7 @@ class Cache:
             raise
 
     @classmethod
-    def _over(
-        cls, settings: Settings, geometry: PoolGeometry, tenants: dict[str, _core.Tenant], layout: str
-    ) -> Cache:
+    def _over(cls, settings: Settings, geometry: PoolGeometry, tenants: dict[str, _core.Tenant], layout: str) -> Cache:
         first = next(iter(tenants.values()))
         table = _core.PageTable.create(geometry.pages, len(geometry.ranks), first.incarnation)
         pool = _core.Pool.make(

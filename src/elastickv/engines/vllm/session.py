@@ -101,7 +101,8 @@ class Session:
         if not settings.set_limit:
             kept = [row["limit_wanted"] for row in view["tenants"] if row["name"] == settings.tenant_name]
             limit = kept[0] if kept else None
-        return budget.Device(name, device_page(name, settings), int(view["capacity"]), limit)
+        capacity = int(view["capacity"])
+        return budget.Device(name, device_page(name, settings, capacity), capacity, limit)
 
     def plan(self, planner: budget.Planner, specs: list[dict[str, Any]]) -> list[Any]:
         """The configuration of each rank's cache, sized by the tenant's budget."""
