@@ -35,7 +35,7 @@ def read(config: Any, device: str) -> RankGeometry:
 
 
 def describe(ranks: list[RankGeometry], layout: str | None) -> str:
-    """For people: "LBNHC, layer-outermost in 30 spans"; ranks that differ are listed."""
+    """For people: "LBHNC, layer-outermost in 30 spans"; ranks that differ are listed."""
     spans = sorted({rank.spans for rank in ranks})
     if spans == [1]:
         return f"{layout}, block-outermost"
