@@ -90,6 +90,14 @@ def test_an_engine_that_cannot_start_is_reported_with_its_log(tiny: Path) -> Non
         run(tiny_job(tiny, engine={"block_size": -1}))
 
 
+def test_a_silent_engine_is_given_up_and_ended(tiny: Path) -> None:
+    with start(tiny_job(tiny)) as engine:
+        with pytest.raises(EngineFailed, match="no 'ready' from the engine in time; its log ends:"):
+            engine.wait_ready(0.05)
+        assert engine.process.poll() is None
+    assert engine.process.poll() is not None
+
+
 def test_the_judge_tells_a_tie_from_an_error(tiny: Path, ample: Result) -> None:
     expected = ample.rounds[0].tokens
     wrong = [list(line) for line in expected]
