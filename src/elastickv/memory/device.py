@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
+from elastickv import _core
 from elastickv.config import Settings
 from elastickv.errors import InvalidArgument
 from elastickv.ledger import DeviceView
@@ -26,12 +27,20 @@ Evicted = Callable[[Sequence[int]], None]
 def open_device(device: str = "host", *, capacity: str | int | None = None, directory: str | None = None) -> Device:
     """Opens a device's ledger, making it if nobody has.
 
-    `capacity` (bytes, or a text such as "1GiB") is what the tenants share; without it the ledger's own counts, or
-    half of the machine's memory on the host. `directory` replaces ELASTICKV_DIR.
+    `device`: "host", a GPU's UUID, or its number in this process ("0", "cuda:0"). `capacity` (bytes, or a text such
+    as "1GiB") is what the tenants share; without it the ledger's own counts, or half of the machine's memory on the
+    host. `directory` replaces ELASTICKV_DIR.
     """
     arguments: dict[str, object] = {"device": device, "capacity": capacity, "directory": directory}
     settings = Settings.load(arguments=arguments)
-    return Device(settings)
+    return Device(dataclasses.replace(settings, device=_lasting_name(settings.device)))
+
+
+def _lasting_name(device: str) -> str:
+    """The UUID in place of a GPU's number: processes number the same GPUs differently, and share a ledger by name."""
+    if device == "auto" or device == "host" or "-" in device:
+        return device
+    return _core.open_driver(device if device.startswith("cuda:") else f"cuda:{device}").device_id
 
 
 class Device:
@@ -82,13 +91,21 @@ class Membership:
         self._caches: list[BlockCache] = []
 
     def cache(
-        self, *, num_blocks: int, block_bytes: int, spans: int = 1, on_evict: Evicted | None = None
+        self,
+        *,
+        num_blocks: int,
+        block_bytes: int,
+        spans: int = 1,
+        on_evict: Evicted | None = None,
+        stream: int = 0,
     ) -> BlockCache:
         """Reserves `num_blocks` blocks of `block_bytes` bytes in each of `spans` stripes; maps block 0 alone.
 
-        `on_evict` is told, on any thread, which cached blocks have lost their contents.
+        `on_evict` is told, on any thread, which cached blocks have lost their contents. `stream`: on a GPU, the
+        CUstream (as an integer, 0: the default one) behind which freed blocks are done with; memory is unmapped once
+        it has passed the work that was in it when the blocks were given up.
         """
-        cache = BlockCache(self.settings, num_blocks, block_bytes, spans, on_evict)
+        cache = BlockCache(self.settings, num_blocks, block_bytes, spans, on_evict, stream)
         self._caches.append(cache)
         return cache
 
@@ -103,16 +120,23 @@ class BlockCache:
     """Blocks of memory by number, mapped while they are held. Thread-safe. An int8 array through DLPack."""
 
     def __init__(
-        self, settings: Settings, num_blocks: int, block_bytes: int, spans: int, on_evict: Evicted | None
+        self,
+        settings: Settings,
+        num_blocks: int,
+        block_bytes: int,
+        spans: int,
+        on_evict: Evicted | None,
+        stream: int = 0,
     ) -> None:
         shape = RankGeometry(settings.device, spans, block_bytes)
         self._on_evict = on_evict
+        self._stream = stream
         self._close_lock = threading.Lock()
         self._closed = False
         self._delivered = 0
         self._cache = Cache.create(settings, num_blocks=num_blocks, ranks=[shape], engine="bare")
         try:
-            self._memory = RankMemory.attach(self._cache.rank_spec(0))
+            self._memory = RankMemory.attach(self._cache.rank_spec(0), allow_context=True)
             self._cache.wait_ready(READY_S)
         except BaseException:  # not ours to judge: leave the ledger as it was, and let it go on
             self._cache.close()
@@ -165,7 +189,7 @@ class BlockCache:
         ticket = self._cache.pool.ticket()
         if ticket > self._delivered:
             self._delivered = ticket
-            self._memory.fence(ticket)
+            self._memory.fence(ticket, self._stream)
 
     def __dlpack__(self, **options: Any) -> Any:
         return self._memory.__dlpack__(**options)

@@ -37,11 +37,14 @@ class RankMemory:
         self._driver = driver
 
     @classmethod
-    def attach(cls, spec: RankSpec) -> RankMemory:
-        """Joins the tenant, reserves the range and starts the mapper. Errors say what is wrong with which part."""
+    def attach(cls, spec: RankSpec, *, allow_context: bool = False) -> RankMemory:
+        """Joins the tenant, reserves the range and starts the mapper. Errors say what is wrong with which part.
+
+        `allow_context`: make a CUDA context if this process has none yet; it costs hundreds of MiB of the GPU.
+        """
         ledger = _core.Ledger.open(spec.directory, spec.device)
         tenant = ledger.attach(spec.slot, spec.incarnation)
-        driver = _core.open_driver(spec.device, page_bytes=spec.driver_page)
+        driver = _core.open_driver(spec.device, page_bytes=spec.driver_page, allow_context=allow_context)
         table = _core.PageTable.open(spec.table, spec.incarnation)
         rank = _core.Rank.attach(driver, table, tenant, spec.rank, spec.spans, spec.span_bytes, spec.page_bytes)
         return cls(spec, tenant, rank, driver)
