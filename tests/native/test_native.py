@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,20 +20,29 @@ KINDS = ("plain", "address", "thread")
 
 def run(command: list[str], seconds: int, **environment: str) -> str:
     """The command's output. A failure shows its end, for that is where the failed cases and reports are."""
-    done = subprocess.run(
+    process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        check=False,
-        timeout=seconds,
         env={**os.environ, **environment},
+        start_new_session=True,  # so that what the tests forked goes with them
     )
-    if done.returncode != 0:
-        failed = "\n".join(re.findall(r"^FAIL .*\n.*", done.stdout, re.MULTILINE))
-        pytest.fail(f"{' '.join(command)} ended with {done.returncode}\n{failed}\n{done.stdout[-6000:]}", pytrace=False)
-    return done.stdout
+    try:
+        output, _ = process.communicate(timeout=seconds)
+        ended = f"ended with {process.returncode}"
+    except subprocess.TimeoutExpired:
+        ended = f"did not end within {seconds} s"
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # the ordinary case: nothing is left of it
+            os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode is None:
+        output, _ = process.communicate(timeout=10)
+    if ended != "ended with 0":
+        failed = "\n".join(re.findall(r"^FAIL .*\n.*", output, re.MULTILINE))
+        pytest.fail(f"{' '.join(command)} {ended}\n{failed}\n{output[-6000:]}", pytrace=False)
+    return output
 
 
 def build(kind: str) -> Path:
