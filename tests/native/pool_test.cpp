@@ -201,6 +201,23 @@ TEST("pool: extents grow with what is held and never past a sixteenth") {
     CHECK_OK(world.pool->check_integrity());
 }
 
+TEST("pool: what was asked for at once lies in few extents, and the last page of the budget can be had") {
+    Shape shape;
+    shape.blocks = 2000;
+    shape.page_bytes = 4096;
+    shape.block_bytes = 4096;
+    shape.max_extent = 32;
+    shape.budget_pages = 1000;
+    World world(shape);
+    CHECK_EQ(world.alloc(900).size(), 900U);
+    CHECK(world.pool->stats().extents <= 1 + 29 + 1);
+    const auto left = 1000 - world.tenant->leased() / world.page_cost;
+    CHECK(left > 32);
+    CHECK_EQ(world.alloc(static_cast<std::uint32_t>(left + world.pool->available())).size(), 1000U - 901U);
+    CHECK_EQ(world.tenant->leased() / world.page_cost, 1000U);
+    CHECK_OK(world.pool->check_integrity());
+}
+
 TEST("pool: the stock is mapped ahead, and not under pressure") {
     Shape shape;
     shape.block_bytes = shape.page_bytes;

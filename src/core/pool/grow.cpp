@@ -14,6 +14,16 @@ constexpr std::uint64_t kStockRetryNs = 50'000'000;  // after a refusal the stoc
 
 }  // namespace
 
+std::uint64_t Pool::pages_for(std::uint64_t blocks) const noexcept {
+    return (blocks * options_.block_bytes + options_.page_bytes - 1) / options_.page_bytes;
+}
+
+std::uint64_t Pool::pages_in(const std::vector<Run> &runs) noexcept {
+    std::uint64_t pages = 0;
+    for (const Run &run : runs) pages += run.pages;
+    return pages;
+}
+
 // An extent is at most about 1/16 of what is held, so its slack stays under 1/16 too (docs/design.md).
 std::uint32_t Pool::extent_target(std::uint64_t held) const noexcept {
     const std::uint64_t share = std::bit_floor(std::max<std::uint64_t>(1, held / 16));
@@ -21,15 +31,18 @@ std::uint32_t Pool::extent_target(std::uint64_t held) const noexcept {
 }
 
 // The lowest absent pages that make `blocks` more blocks whole, as extents; fewer if the range or most_pages ends.
-std::vector<Pool::Run> Pool::plan(std::uint32_t blocks, std::uint64_t most_pages) const {
+// What is asked for at once counts as held, so that a burst takes few large extents. The last extent may be larger than
+// what is needed, unless `exact`.
+std::vector<Pool::Run> Pool::plan(std::uint32_t blocks, std::uint64_t most_pages, bool exact) const {
     std::vector<Run> runs;
-    std::uint64_t held = held_pages_;
+    const std::uint32_t target = extent_target(held_pages_ + pages_for(blocks));
     std::uint32_t whole = 0;
     std::uint32_t partial_block = 0, partial_left = 0;  // a block cut by the end of the previous run
     std::uint64_t page = absent_pages_.first_from(0);
     while (whole < blocks && page != Bitmap::npos && most_pages > 0) {
         Run run{static_cast<std::uint32_t>(page), 0};
-        const std::uint64_t longest = std::min<std::uint64_t>({extent_target(held), most_pages, num_pages_ - page});
+        const std::uint64_t needed = exact ? pages_for(blocks - whole) : num_pages_;
+        const std::uint64_t longest = std::min<std::uint64_t>({target, needed, most_pages, num_pages_ - page});
         while (run.pages < longest && absent_pages_.contains(page + run.pages)) ++run.pages;
         for (std::uint32_t block = first_block(run.first); block <= last_block(run.first + run.pages - 1); ++block) {
             std::uint32_t left = missing_[block];
@@ -40,7 +53,6 @@ std::vector<Pool::Run> Pool::plan(std::uint32_t blocks, std::uint64_t most_pages
             partial_left = left;
         }
         most_pages -= run.pages;
-        held += run.pages;
         page = absent_pages_.first_from(page + run.pages);
         runs.push_back(run);
     }
@@ -162,27 +174,34 @@ void Pool::poll() {
 
 // Leases and orders what `shortfall` blocks need, whole or not at all.
 bool Pool::grow(std::uint32_t shortfall, bool ring, Status *why) {
-    const std::vector<Run> runs = plan(shortfall, num_pages_);
-    std::uint64_t pages = 0;
-    for (const Run &run : runs) pages += run.pages;
-    if (pages == 0) {
-        *why = {Code::unavailable, "every page of the virtual range is in use"};
-        return false;
+    std::uint64_t refused = 0;
+    // A neighbour is not asked for more than is needed, and a budget that is nearly used up is used up.
+    for (const bool exact : {false, true}) {
+        if (ring && !exact) continue;
+        const std::vector<Run> runs = plan(shortfall, num_pages_, exact);
+        const std::uint64_t pages = pages_in(runs);
+        if (pages == 0) {
+            *why = {Code::unavailable, "every page of the virtual range is in use"};
+            return false;
+        }
+        if (pages == refused) return false;
+        *why = leases_.lease(pages, ring);
+        if (why->ok()) {
+            for (const Run &run : runs) order_map(run);
+            table_->ring_ranks();
+            return true;
+        }
+        refused = pages;
     }
-    *why = leases_.lease(pages, ring);
-    if (!why->ok()) return false;
-    for (const Run &run : runs) order_map(run);
-    table_->ring_ranks();
-    return true;
+    return false;
 }
 
 // What can be had of it now; the own cache covers the rest.
 bool Pool::grow_partly(std::uint32_t shortfall) {
     const std::uint64_t room = leases_.headroom();
     if (room == 0) return false;
-    const std::vector<Run> runs = plan(shortfall, room);
-    std::uint64_t pages = 0;
-    for (const Run &run : runs) pages += run.pages;
+    const std::vector<Run> runs = plan(shortfall, room, true);
+    const std::uint64_t pages = pages_in(runs);
     if (pages == 0 || !leases_.lease(pages, false).ok()) return false;
     for (const Run &run : runs) order_map(run);
     table_->ring_ranks();

@@ -130,7 +130,9 @@ class Pool {
 
     // growing (grow.cpp)
     std::uint32_t extent_target(std::uint64_t held) const noexcept;
-    std::vector<Run> plan(std::uint32_t blocks, std::uint64_t most_pages) const;
+    std::vector<Run> plan(std::uint32_t blocks, std::uint64_t most_pages, bool exact) const;
+    std::uint64_t pages_for(std::uint64_t blocks) const noexcept;
+    static std::uint64_t pages_in(const std::vector<Run> &runs) noexcept;
     void order_map(const Run &run);
     bool grow(std::uint32_t shortfall, bool ring, Status *why);
     bool grow_partly(std::uint32_t shortfall);
