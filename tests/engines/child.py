@@ -41,7 +41,7 @@ def _round(llm: Any, vllm: Any, number: int, prompts: list[Any], job: dict[str, 
     )
     for i, prompt in enumerate(prompts):
         engine.add_request(f"{number}-{i}", prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt}, params)
-    began = time.monotonic()
+    began, burnt = time.monotonic(), _cpu_seconds()
     tokens: list[list[int]] = [[] for _ in prompts]
     margins: list[list[float]] = [[] for _ in prompts]
     first = [0.0] * len(prompts)
@@ -64,6 +64,7 @@ def _round(llm: Any, vllm: Any, number: int, prompts: list[Any], job: dict[str, 
         "first": first,
         "steps": steps,
         "seconds": seconds,
+        "cpu_seconds": _cpu_seconds() - burnt,
         "damaged": damaged,
     }
 
@@ -101,6 +102,15 @@ def _peak_bytes() -> int:
         line for pid in _children() for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
     ]
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def _cpu_seconds() -> float:
+    """Processor seconds that all processes of this engine have used."""
+    total = 0
+    for pid in _children():
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+        total += int(fields[11]) + int(fields[12])
+    return total / os.sysconf("SC_CLK_TCK")
 
 
 def _send(events: TextIO, **event: Any) -> None:

@@ -93,18 +93,26 @@ class Job:
 
 @dataclass(frozen=True)
 class Round:
-    """One round's outcome. Times are seconds; `margins` are the best token's lead in log probability, if asked for."""
+    """One round's outcome. Times are seconds; `margins` are the best token's lead in log probability, if asked for.
+
+    `cpu_seconds` are those of all the engine's processes. On a machine that is busy they say more than `seconds`.
+    """
 
     tokens: list[list[int]]
     margins: list[list[float]]
     first: list[float]
     steps: int
     seconds: float
+    cpu_seconds: float
     damaged: list[Any]
 
     @property
     def tokens_per_second(self) -> float:
         return sum(len(line) for line in self.tokens) / self.seconds
+
+    @property
+    def tokens_per_cpu_second(self) -> float:
+        return sum(len(line) for line in self.tokens) / self.cpu_seconds
 
 
 @dataclass(frozen=True)

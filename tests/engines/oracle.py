@@ -16,8 +16,9 @@ from typing import Any, Final
 import numpy as np
 
 TINY_VOCABULARY: Final = 256
-NOISE: Final = 1e-3
-"""Two logits closer than this in float64 are a tie in float32: ten times the largest error that was measured."""
+NOISE: Final = 5e-4
+"""Two logits closer than this in float64 are a tie in float32: about ten times the largest error that was measured
+(5.5e-5, SmolLM2 in vLLM's float32 against transformers' float64, over 704 tokens)."""
 
 
 @dataclass(frozen=True)
