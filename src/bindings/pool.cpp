@@ -119,13 +119,17 @@ void bind_block_operations(nb::class_<Pool> &pool) {
     pool.def("ensure", &ensure, nb::arg("n"), nb::arg("patient") = true,
              "Tries to have n blocks available; grows before it counts the cache. Returns the blocks available now. "
              "Not patient: asks the neighbours too, and does not wait for them.")
-        .def("take", &take, nb::arg("n"), "(ids, evicted): the last `evicted` ids were cached, oldest first.")
-        .def("alloc", &alloc, nb::arg("n"), "ensure and take in one: (ids, evicted), or None for none now.")
+        .def("take", &take, nb::arg("n"), nb::sig("def take(self, n: int) -> tuple[list[int], int]"),
+             "(ids, evicted): the last `evicted` ids were cached, oldest first.")
+        .def("alloc", &alloc, nb::arg("n"), nb::sig("def alloc(self, n: int) -> tuple[list[int], int] | None"),
+             "ensure and take in one: (ids, evicted), or None for none now.")
         .def(
             "release", [](Pool &self, const Ids &ids, bool cached) { check(self.release(ids, cached)); },
             nb::arg("ids"), nb::arg("cached") = false)
-        .def("touch", [](Pool &self, std::uint32_t id) { check(self.touch(id)); }, nb::arg("id"))
-        .def("uncache", [](Pool &self, const Ids &ids) { check(self.uncache(ids)); }, nb::arg("ids"))
+        .def(
+            "touch", [](Pool &self, std::uint32_t id) { check(self.touch(id)); }, nb::arg("id"))
+        .def(
+            "uncache", [](Pool &self, const Ids &ids) { check(self.uncache(ids)); }, nb::arg("ids"))
         .def("num_available", &Pool::available)
         .def("num_used", &Pool::used);
 }
@@ -161,10 +165,11 @@ void bind_pool(nb::module_ &module) {
         .def("freed_word", [](Pool &self) { return self.leases().freed_word(); })
         .def(
             "wait_freed",
-            [](Pool &self, std::uint32_t seen, std::uint64_t timeout_us) { self.leases().wait_freed(seen, timeout_us); },
+            [](Pool &self, std::uint32_t seen, std::uint64_t timeout_us) {
+                self.leases().wait_freed(seen, timeout_us);
+            },
             nb::arg("seen"), nb::arg("timeout_us"), nb::call_guard<nb::gil_scoped_release>())
-        .def("check_integrity",
-             [](Pool &self) { check(without_gil([&] { return self.check_integrity(); })); })
+        .def("check_integrity", [](Pool &self) { check(without_gil([&] { return self.check_integrity(); })); })
         .def("close", &Pool::close)
         .def("stats", &stats);
     bind_block_operations(pool);

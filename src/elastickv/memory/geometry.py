@@ -72,9 +72,7 @@ class PoolGeometry:
     def page_cost(self, device: str) -> int:
         """Bytes of the device that one page of the pool takes, all ranks on it together."""
         return sum(
-            self.rank_page_bytes(index) * rank.spans
-            for index, rank in enumerate(self.ranks)
-            if rank.device == device
+            self.rank_page_bytes(index) * rank.spans for index, rank in enumerate(self.ranks) if rank.device == device
         )
 
     def block_cost(self, device: str) -> int:
