@@ -1,7 +1,9 @@
 // What the ledger's tests share: a private directory of their own, child processes, waiting with a deadline.
 #pragma once
 
+#include <poll.h>
 #include <signal.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -94,6 +96,7 @@ class Child {
         std::fflush(stdout);
         pid_ = fork();
         if (pid_ != 0) return;
+        prctl(PR_SET_PDEATHSIG, SIGKILL);  // a test that is killed leaves nobody behind
         int code = 0;
         try {
             body();
@@ -140,6 +143,8 @@ class Signal {
     void send() const { CHECK_EQ(write(ends_[1], "x", 1), 1); }
     void receive() const {
         char byte = 0;
+        pollfd ready{ends_[0], POLLIN, 0};
+        CHECK_EQ(poll(&ready, 1, 20'000), 1);
         CHECK_EQ(read(ends_[0], &byte, 1), 1);
     }
 
