@@ -175,7 +175,7 @@ VARIABLES: Final[tuple[Variable, ...]] = (
     Variable(
         "capacity",
         _positive_size,
-        "host: half of the memory; a GPU: all of it",
+        "host: half of the memory; a GPU: what is free once the first engine is loaded, less 5 %",
         "Bytes of the device that the tenants share. The first one on the device decides; the others must agree.",
     ),
     Variable(

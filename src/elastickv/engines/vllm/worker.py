@@ -20,9 +20,17 @@ __all__ = ["METHODS", "WRAPPERS"]
 
 Method = Callable[..., Any]
 
+_ROOM = 0.05
+"""Part of a GPU that is left for CUDA graphs, workspaces and whatever else comes after the profile run."""
+_UNIT = 2 * 1024 * 1024
+
 
 def _look(worker: Any) -> dict[str, Any]:
-    """The rank's device, its bytes (0 on the host, where the settings decide), and its attention backends."""
+    """The rank's device, its bytes for caches if nobody names another number, and its attention backends.
+
+    These bytes are what is free now that the model is loaded and was run once, less room for CUDA graphs and
+    workspaces; 0 on the host, where the settings decide.
+    """
     from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backends
 
     device = worker.device
@@ -31,8 +39,12 @@ def _look(worker: Any) -> dict[str, Any]:
         return {"device": "host", "capacity": 0, "backends": backends}
     if device.type != "cuda":
         raise EngineRefused(f"elastickv cannot manage a device of the type {device.type}; it manages cpu and cuda")
-    properties = torch.cuda.get_device_properties(device)
-    return {"device": f"GPU-{properties.uuid}", "capacity": int(properties.total_memory), "backends": backends}
+    torch.cuda.empty_cache()  # what the profile run needed, and the next step takes again, is not counted twice
+    free, total = torch.cuda.mem_get_info(device)
+    peak = torch.cuda.max_memory_reserved(device) - torch.cuda.memory_reserved(device)
+    uuid = torch.cuda.get_device_properties(device).uuid
+    capacity = free - peak - int(_ROOM * total)
+    return {"device": f"GPU-{uuid}", "capacity": max(0, capacity) // _UNIT * _UNIT, "backends": backends}
 
 
 def _report(worker: Any) -> dict[str, Any]:
