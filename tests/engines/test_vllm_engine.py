@@ -16,7 +16,7 @@ import pytest
 
 import elastickv
 from elastickv._core import Ledger
-from elastickv.ledger import DeviceView, TenantView, read_device
+from elastickv.ledger import DeviceView, TenantView, order_limit, read_device
 from engines.harness import Engine, EngineFailed, Job, Result, run, start
 from engines.oracle import differences, make_tiny_llama, tiny_prompts
 
@@ -125,6 +125,8 @@ def test_squeezed_by_a_neighbour_it_answers_as_plain_vllm(
             running.go()
             running.wait_round()
             seen = look(directory).tenant("one")
+        # Between the calls of its process nobody steps this engine.
+        until(lambda: look(directory).tenant("one").usage.mapped_free == 0, 0.2 + 0.5 + 1.0)
         result = running.finish()
     assert differences(plain.tokens, result.tokens) == []
     assert result.preemptions > 0
@@ -151,8 +153,15 @@ def test_processes_of_its_own_idle_release_and_death(tiny: Path, plain: Result, 
         engine.go()
         first = engine.wait_round()
         _watch_it_give_back(directory)
+        limit = 40 * BLOCK
+        ledger = Ledger.open(str(directory), "host")
+        order_limit(ledger, "one", limit, 1000)  # of an idle engine, which acknowledges it
         engine.go()
+        until(lambda: look(directory).tenant("one").usage.used > 4 * BLOCK, 30)
+        order_limit(ledger, "one", limit - 4 * BLOCK, 1000)  # of a busy one
+        order_limit(ledger, "one", limit, 1000)
         second = engine.wait_round()
+        assert look(directory).tenant("one").leased <= limit
         assert differences(plain.tokens, first.tokens + second.tokens) == []
         engine.go()
         until(lambda: look(directory).tenant("one").usage.used > 4 * BLOCK, 30)

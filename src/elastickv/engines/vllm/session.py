@@ -16,7 +16,7 @@ from elastickv.engines.vllm.idle import EngineSteward
 from elastickv.errors import DeadlineExceeded, EngineRefused, Unavailable
 from elastickv.memory import Cache, RankGeometry, device_page, open_device_ledger
 
-__all__ = ["Session", "any_here", "close", "find"]
+__all__ = ["Session", "any_here", "close", "find", "leave"]
 
 _logger = init_logger("vllm.elastickv")
 
@@ -42,6 +42,13 @@ def find(config: Any) -> Session:
         "elastickv does not know the engine that this part belongs to: its executor was made without the plug-in; "
         "please report this with vLLM's version, or unset ELASTICKV to serve without it"
     )
+
+
+def leave(config: Any) -> None:
+    """Stops looking after the engine with this VllmConfig: its workers are about to go."""
+    for session in list(_sessions):
+        if session.config is config:
+            session.stop_steward()
 
 
 def close(config: Any) -> None:
@@ -223,15 +230,23 @@ class Session:
 
     @property
     def idle(self) -> bool:
-        """Whether no request is in the engine. May be asked from any thread."""
-        return self.pool is not None and not self.scheduler.has_requests()
+        """Whether no request is in the engine. May be asked from any thread.
+
+        Requests that have finished do not count: in the caller's process they stay noted until its next step.
+        """
+        return self.pool is not None and not self.scheduler.has_unfinished_requests()
+
+    def stop_steward(self) -> None:
+        """Ends the thread that looks after the idle engine; it may be asked twice."""
+        steward, self._steward = self._steward, None
+        if steward is not None and not steward.stop():
+            _logger.warning("elastickv's thread did not end in time; process %d goes on without it", os.getpid())
 
     def close(self) -> None:
         """Leaves the ledger. The workers are gone by now, or go with this process."""
         if self in _sessions:
             _sessions.remove(self)
-        if self._steward is not None and not self._steward.stop():
-            _logger.warning("elastickv's thread did not end in time; process %d goes on without it", os.getpid())
+        self.stop_steward()
         if self.cache is not None:
             cache, self.cache = self.cache, None
             try:
