@@ -9,7 +9,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from elastickv.config import Settings
 from elastickv.engines.vllm import idle, scheduler, watch
-from elastickv.engines.vllm.session import Session, close, find
+from elastickv.engines.vllm.session import Session, close, find, leave
 
 __all__ = ["CORE", "ENGINE", "EXECUTOR", "SCHEDULER_CONFIG", "executor_init"]
 
@@ -99,6 +99,7 @@ def _then_flush(original: Method) -> Method:
 
 def _shutdown(original: Method) -> Method:
     def wrapped(self: Any) -> Any:
+        leave(self.vllm_config)
         try:
             return original(self)
         finally:
