@@ -8,7 +8,7 @@ from typing import Any
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from elastickv.config import Settings
-from elastickv.engines.vllm import idle, scheduler, watch
+from elastickv.engines.vllm import blocksize, idle, scheduler, watch
 from elastickv.engines.vllm.session import Session, close, find, leave
 
 __all__ = ["CORE", "ENGINE", "EXECUTOR", "SCHEDULER_CONFIG", "executor_init"]
@@ -22,6 +22,7 @@ def executor_init(original: Method, settings: Settings, version: str) -> Method:
     def wrapped(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         session = Session(vllm_config, settings, version)
         try:
+            blocksize.raise_block_size(vllm_config)
             original(self, vllm_config, *args, **kwargs)
         except BaseException:  # whatever it was goes on; the session must not stay
             session.close()
