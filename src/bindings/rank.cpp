@@ -44,11 +44,12 @@ void bind_rank(nb::module_ &module) {
         .def(
             "fence", [](Rank &self, std::uint64_t ticket, std::uint64_t stream) { check(self.fence(ticket, stream)); },
             nb::arg("ticket"), nb::arg("stream") = 0)
-        .def("wait_first_page",
-             [](Rank &self, std::uint64_t timeout_ms) {
-                 check(without_gil([&] { return self.wait_first_page(timeout_ms); }));
-             },
-             nb::arg("timeout_ms"))
+        .def(
+            "wait_first_page",
+            [](Rank &self, std::uint64_t timeout_ms) {
+                check(without_gil([&] { return self.wait_first_page(timeout_ms); }));
+            },
+            nb::arg("timeout_ms"))
         .def("close", &Rank::close, nb::call_guard<nb::gil_scoped_release>());
 }
 

@@ -75,7 +75,8 @@ class FakeTenant : public Tenant {
     std::uint64_t static_bytes() const noexcept override { return 0; }
     std::uint64_t floor() const noexcept override { return floor_bytes; }
     std::uint64_t headroom() override {
-        return std::min(budget_->capacity - budget_->leased.load(), limit.bytes - std::min(limit.bytes, leased_.load()));
+        return std::min(budget_->capacity - budget_->leased.load(),
+                        limit.bytes - std::min(limit.bytes, leased_.load()));
     }
     void publish(const Usage &now, const Counters &) noexcept override { usage = now; }
     void add_mapped(std::int64_t bytes) noexcept override { mapped.fetch_add(bytes); }

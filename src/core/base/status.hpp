@@ -44,8 +44,8 @@ class [[nodiscard]] Status {
 // A value or a Status that is not ok.
 template <class T> class [[nodiscard]] Result {
   public:
-    Result(T value) : value_(std::move(value)) {}                // NOLINT(google-explicit-constructor)
-    Result(Status status) : status_(std::move(status)) {}        // NOLINT(google-explicit-constructor)
+    Result(T value) : value_(std::move(value)) {}          // NOLINT(google-explicit-constructor)
+    Result(Status status) : status_(std::move(status)) {}  // NOLINT(google-explicit-constructor)
 
     bool ok() const noexcept { return value_.has_value(); }
     const Status &status() const noexcept { return status_; }

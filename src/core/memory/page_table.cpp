@@ -84,8 +84,8 @@ Result<std::shared_ptr<PageTable>> PageTable::open(const std::string &path, std:
         size_for(header->pages, header->ranks, header->ring_size) != table->bytes_)
         return Status(Code::corrupt, path + " is no page table of this tenant and version (version " +
                                          std::to_string(header->version) + ", incarnation " +
-                                         std::to_string(header->incarnation) + ", wanted " +
-                                         std::to_string(kVersion) + " and " + std::to_string(incarnation) +
+                                         std::to_string(header->incarnation) + ", wanted " + std::to_string(kVersion) +
+                                         " and " + std::to_string(incarnation) +
                                          "): start the engine and its workers from one installation");
     table->lay_out();
     return table;
@@ -116,9 +116,7 @@ PageTable::~PageTable() {
     if (file_ >= 0) close(file_);
 }
 
-std::string PageTable::path() const {
-    return "/proc/" + std::to_string(getpid()) + "/fd/" + std::to_string(file_);
-}
+std::string PageTable::path() const { return "/proc/" + std::to_string(getpid()) + "/fd/" + std::to_string(file_); }
 
 void PageTable::order(std::uint64_t page, const Wanted &wanted, std::uint64_t ticket) noexcept {
     tickets_[page].store(ticket, std::memory_order_relaxed);

@@ -20,9 +20,9 @@ enum class So : std::uint8_t { unmapped = 0, mapped = 1, failed = 2, stuck = 3 }
 // Order to the ranks about one extent. Packed into one atomic word.
 struct Wanted {
     std::uint32_t generation = 0;
-    std::uint32_t pages = 0;   // length of the extent, < 2^24
-    bool map = false;          // else: unmap
-    bool fenced = false;       // unmap only behind the fence of its ticket
+    std::uint32_t pages = 0;  // length of the extent, < 2^24
+    bool map = false;         // else: unmap
+    bool fenced = false;      // unmap only behind the fence of its ticket
 
     std::uint64_t pack() const noexcept {
         return (std::uint64_t{generation} << 32) | (std::uint64_t{pages} << 8) | (map ? 1U : 0U) | (fenced ? 2U : 0U);
@@ -59,13 +59,13 @@ struct PageTableHeader {
     std::uint32_t version;
     std::uint32_t ranks;
     std::uint64_t pages;
-    std::uint64_t ring_size;     // a power of two
-    std::uint64_t incarnation;   // of the tenant
+    std::uint64_t ring_size;    // a power of two
+    std::uint64_t incarnation;  // of the tenant
     std::atomic<std::uint64_t> ring_tail;
-    std::atomic<std::uint64_t> ticket;      // newest fenced unmap order
-    std::atomic<std::uint32_t> order_bell;  // rung by the pool: ranks look at the ring
-    std::atomic<std::uint32_t> answer_bell; // rung by ranks: the pool looks at the answers
-    std::atomic<std::uint32_t> closed;      // the pool is gone: ranks unmap everything
+    std::atomic<std::uint64_t> ticket;       // newest fenced unmap order
+    std::atomic<std::uint32_t> order_bell;   // rung by the pool: ranks look at the ring
+    std::atomic<std::uint32_t> answer_bell;  // rung by ranks: the pool looks at the answers
+    std::atomic<std::uint32_t> closed;       // the pool is gone: ranks unmap everything
     std::uint32_t padding;
 };
 

@@ -26,31 +26,33 @@ Result<std::unique_ptr<Rank>> Rank::attach(std::shared_ptr<Driver> driver, std::
                                          std::to_string(granularity) + " bytes");
     if (options.spans == 0 || options.span_bytes == 0 ||
         (options.spans > 1 && options.span_bytes % options.page_bytes != 0))
-        return Status(Code::invalid, std::to_string(options.spans) + " spans of " +
-                                         std::to_string(options.span_bytes) +
+        return Status(Code::invalid, std::to_string(options.spans) + " spans of " + std::to_string(options.span_bytes) +
                                          " bytes: with several spans each must be a multiple of the page of " +
                                          std::to_string(options.page_bytes) + " bytes; change the number of blocks");
     const std::uint64_t pages = (options.span_bytes + options.page_bytes - 1) / options.page_bytes;
     if (pages != table->pages())
-        return Status(Code::invalid, "this rank's spans have " + std::to_string(pages) +
-                                         " pages, the page table has " + std::to_string(table->pages()) +
+        return Status(Code::invalid, "this rank's spans have " + std::to_string(pages) + " pages, the page table has " +
+                                         std::to_string(table->pages()) +
                                          ": the ranks disagree about the cache's geometry");
     std::unique_ptr<Rank> rank(new Rank(std::move(driver), std::move(table), options, std::move(hooks)));
-    auto reserved = Reservation::make(
-        rank->driver_, (options.spans - 1) * options.span_bytes + pages * options.page_bytes);
+    auto reserved =
+        Reservation::make(rank->driver_, (options.spans - 1) * options.span_bytes + pages * options.page_bytes);
     if (!reserved.ok()) return reserved.status();
     rank->reservation_ = std::move(reserved).value();
     std::uint32_t expected = static_cast<std::uint32_t>(RankState::absent);
     if (!rank->slot_.state.compare_exchange_strong(expected, static_cast<std::uint32_t>(RankState::attached)))
-        return Status(Code::exists, "rank " + std::to_string(options.rank) +
-                                        " is attached already; each rank attaches once");
+        return Status(Code::exists,
+                      "rank " + std::to_string(options.rank) + " is attached already; each rank attaches once");
     rank->thread_ = std::thread([self = rank.get()] { self->run(); });
     return rank;
 }
 
 Rank::Rank(std::shared_ptr<Driver> driver, std::shared_ptr<PageTable> table, const RankOptions &options,
            RankHooks hooks)
-    : driver_(std::move(driver)), table_(std::move(table)), options_(options), hooks_(std::move(hooks)),
+    : driver_(std::move(driver)),
+      table_(std::move(table)),
+      options_(options),
+      hooks_(std::move(hooks)),
       slot_(table_->rank(options_.rank)) {}
 
 Rank::~Rank() { close(); }
@@ -111,8 +113,7 @@ void Rank::run() noexcept {
         futex_wait(header.order_bell, seen, fences_pending ? kFencePollUs : kIdleWaitUs);
     }
     std::int64_t freed = 0;
-    for (auto &[page, extent] : extents_)
-        freed += static_cast<std::int64_t>(extent_bytes(extent.pages));
+    for (auto &[page, extent] : extents_) freed += static_cast<std::int64_t>(extent_bytes(extent.pages));
     extents_.clear();
     slot_.mapped_bytes.store(0, std::memory_order_relaxed);
     if (freed != 0) {

@@ -24,9 +24,9 @@ namespace elastickv {
 
 struct RankOptions {
     std::uint32_t rank = 0;
-    std::uint64_t spans = 1;         // stripes side by side in one reservation
-    std::uint64_t span_bytes = 0;    // bytes of a stripe; a multiple of the page when there are several
-    std::uint64_t page_bytes = 0;    // this rank's piece of one page of the table, in each span
+    std::uint64_t spans = 1;       // stripes side by side in one reservation
+    std::uint64_t span_bytes = 0;  // bytes of a stripe; a multiple of the page when there are several
+    std::uint64_t page_bytes = 0;  // this rank's piece of one page of the table, in each span
     std::uint64_t deadline_ms = 10000;
 };
 
@@ -81,7 +81,9 @@ class Rank {
     Status map_pieces(std::uint32_t page, Extent &extent);
     void answer(std::uint32_t page, std::uint32_t generation, So so) noexcept;
     void note_failure(const std::string &text) noexcept;
-    std::uint64_t extent_bytes(std::uint32_t pages) const noexcept { return options_.page_bytes * pages * options_.spans; }
+    std::uint64_t extent_bytes(std::uint32_t pages) const noexcept {
+        return options_.page_bytes * pages * options_.spans;
+    }
     Address address_of(std::uint32_t page, std::uint64_t span) const noexcept {
         return address() + span * options_.span_bytes + page * options_.page_bytes;
     }

@@ -88,8 +88,7 @@ class Bitmap {
             const std::uint64_t word = levels_[level][index] << (63 - bit);
             if (word != 0) {
                 i = i - 1 - static_cast<std::uint64_t>(std::countl_zero(word));
-                while (level-- > 0)
-                    i = (i << 6) | static_cast<std::uint64_t>(63 - std::countl_zero(levels_[level][i]));
+                while (level-- > 0) i = (i << 6) | static_cast<std::uint64_t>(63 - std::countl_zero(levels_[level][i]));
                 return i;
             }
             i = index;

@@ -60,9 +60,8 @@ std::uint64_t Pool::evict_extents(std::uint64_t pages, std::uint64_t keep, std::
         if (extent.stage == Stage::mapped && extent.used == 0 && extent.cached != 0)
             heads.push_back(static_cast<std::uint32_t>(head));
     }
-    std::sort(heads.begin(), heads.end(), [this](std::uint32_t a, std::uint32_t b) {
-        return extents_[a].last_use < extents_[b].last_use;
-    });
+    std::sort(heads.begin(), heads.end(),
+              [this](std::uint32_t a, std::uint32_t b) { return extents_[a].last_use < extents_[b].last_use; });
     std::uint64_t given = 0;
     for (const std::uint32_t head : heads) {
         if (given >= pages) break;

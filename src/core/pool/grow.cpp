@@ -302,9 +302,9 @@ Status Pool::wait_ready(std::uint64_t timeout_ms) {
             attached += table_->rank(rank).state.load() == static_cast<std::uint32_t>(RankState::attached) ? 1 : 0;
         const std::uint64_t now = monotonic_ns();
         if (now >= until)
-            return {Code::timeout, "waited " + std::to_string(timeout_ms) + " ms for block 0 on every rank: " +
-                                       std::to_string(attached) + " of " + std::to_string(table_->ranks()) +
-                                       " ranks are attached"};
+            return {Code::timeout, "waited " + std::to_string(timeout_ms) +
+                                       " ms for block 0 on every rank: " + std::to_string(attached) + " of " +
+                                       std::to_string(table_->ranks()) + " ranks are attached"};
         futex_wait(table_->header().answer_bell, seen, std::min<std::uint64_t>(50'000, (until - now) / 1000 + 1));
     }
 }

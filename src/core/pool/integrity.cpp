@@ -23,8 +23,7 @@ Status Pool::check_blocks() const {
             unready += stage == Stage::mapped ? 0 : 1;
         }
         const std::string name = "block " + std::to_string(block);
-        if (missing != missing_[block] || unready != unready_[block])
-            return broken(name + " counts its pages wrongly");
+        if (missing != missing_[block] || unready != unready_[block]) return broken(name + " counts its pages wrongly");
         const BlockState state = state_[block];
         if ((state == BlockState::absent) != (unready != 0)) return broken(name + " is handed out without its pages");
         if (free_blocks_.contains(block) != (state == BlockState::free)) return broken(name + " and the free set");

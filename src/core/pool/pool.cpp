@@ -17,7 +17,8 @@ Result<std::unique_ptr<Pool>> Pool::make(std::shared_ptr<PageTable> table, std::
         return Status(Code::invalid, "a block of " + std::to_string(options.block_bytes) + " bytes spans more than " +
                                          "60000 pages of " + std::to_string(options.page_bytes) +
                                          " bytes: choose a larger page");
-    const std::uint64_t pages = (options.num_blocks * options.block_bytes + options.page_bytes - 1) / options.page_bytes;
+    const std::uint64_t pages =
+        (options.num_blocks * options.block_bytes + options.page_bytes - 1) / options.page_bytes;
     if (pages != table->pages())
         return Status(Code::invalid, "the pool needs " + std::to_string(pages) + " pages, its page table has " +
                                          std::to_string(table->pages()));
@@ -51,11 +52,20 @@ Status Pool::lease_patiently(std::uint64_t pages) {
 }
 
 Pool::Pool(std::shared_ptr<PageTable> table, std::vector<Leases::Share> shares, const PoolOptions &options)
-    : table_(std::move(table)), options_(options), leases_(std::move(shares)),
-      num_pages_(static_cast<std::uint32_t>(table_->pages())), state_(options.num_blocks, BlockState::absent),
-      missing_(options.num_blocks), unready_(options.num_blocks), free_blocks_(options.num_blocks),
-      lru_(options.num_blocks), extents_(num_pages_), head_of_(num_pages_), absent_pages_(num_pages_),
-      empty_extents_(num_pages_), heads_(num_pages_) {
+    : table_(std::move(table)),
+      options_(options),
+      leases_(std::move(shares)),
+      num_pages_(static_cast<std::uint32_t>(table_->pages())),
+      state_(options.num_blocks, BlockState::absent),
+      missing_(options.num_blocks),
+      unready_(options.num_blocks),
+      free_blocks_(options.num_blocks),
+      lru_(options.num_blocks),
+      extents_(num_pages_),
+      head_of_(num_pages_),
+      absent_pages_(num_pages_),
+      empty_extents_(num_pages_),
+      heads_(num_pages_) {
     for (std::uint32_t block = 0; block < options.num_blocks; ++block)
         missing_[block] = unready_[block] = static_cast<std::uint16_t>(last_page(block) - first_page(block) + 1);
     for (std::uint32_t page = 0; page < num_pages_; ++page) absent_pages_.insert(page);
@@ -186,7 +196,9 @@ Status Pool::release(std::span<const std::uint32_t> ids, bool cached) {
                            ids.begin() + static_cast<std::ptrdiff_t>(i);
         while (i-- > 0) set_state(ids[i], BlockState::used);  // a wrong list changes nothing
         return {Code::invalid, "block " + std::to_string(id) + " was released " +
-                                   (twice ? "twice" : id == 0 ? "but is the null block" : "but is not in use")};
+                                   (twice     ? "twice"
+                                    : id == 0 ? "but is the null block"
+                                              : "but is not in use")};
     }
     touched_.store(true, std::memory_order_relaxed);
     publish();
@@ -207,8 +219,8 @@ Status Pool::uncache(std::span<const std::uint32_t> ids) {
     const std::scoped_lock lock(mutex_);
     for (const std::uint32_t id : ids) {
         if (id >= options_.num_blocks)
-            return {Code::invalid, "there is no block " + std::to_string(id) + " in a pool of " +
-                                       std::to_string(options_.num_blocks)};
+            return {Code::invalid,
+                    "there is no block " + std::to_string(id) + " in a pool of " + std::to_string(options_.num_blocks)};
         if (state_[id] == BlockState::cached) set_state(id, BlockState::free);
     }
     publish();

@@ -25,14 +25,14 @@ inline constexpr std::uint64_t kNever = ~std::uint64_t{0};
 
 struct PoolOptions {
     std::uint32_t num_blocks = 0;
-    std::uint64_t block_bytes = 0;         // one block within one span, in the table's units
-    std::uint64_t page_bytes = 0;          // one page within one span, in the same units
+    std::uint64_t block_bytes = 0;  // one block within one span, in the table's units
+    std::uint64_t page_bytes = 0;   // one page within one span, in the same units
     std::uint32_t max_extent_pages = 1;
-    std::uint64_t stock_pages = kNever;    // mapped free pages kept ahead of demand; kNever: one extent
+    std::uint64_t stock_pages = kNever;  // mapped free pages kept ahead of demand; kNever: one extent
     std::uint64_t idle_release_us = 2'000'000;
     std::uint64_t cache_release_us = kNever;
-    std::uint64_t give_back_wait_us = 20'000;  // how long an allocation waits for the neighbours
-    std::uint64_t map_deadline_us = 5'000'000; // how long it waits for the mappers
+    std::uint64_t give_back_wait_us = 20'000;   // how long an allocation waits for the neighbours
+    std::uint64_t map_deadline_us = 5'000'000;  // how long it waits for the mappers
 };
 
 enum class BlockState : std::uint8_t { absent = 0, free = 1, used = 2, cached = 3 };
@@ -65,8 +65,8 @@ class Pool {
     Result<std::uint32_t> take(std::span<std::uint32_t> out);
     // Used → free or cached (newest, in order). invalid, with nothing changed, if one of them is not in use.
     Status release(std::span<const std::uint32_t> ids, bool cached);
-    Status touch(std::uint32_t id);                          // cached → used
-    Status uncache(std::span<const std::uint32_t> ids);      // cached → free; other states are left alone
+    Status touch(std::uint32_t id);                      // cached → used
+    Status uncache(std::span<const std::uint32_t> ids);  // cached → free; other states are left alone
     // ensure + take in one, or nothing: false means "none now".
     bool alloc(std::span<std::uint32_t> out, std::uint32_t *evicted);
 
@@ -172,8 +172,8 @@ class Pool {
     Bitmap absent_pages_, empty_extents_, heads_;
     std::vector<std::uint32_t> transit_;  // heads whose order is not answered yet
     std::uint32_t answers_seen_ = 0;
-    std::uint32_t coming_ = 0;            // blocks whose pages are all mapped or ordered, not all mapped
-    std::uint64_t held_pages_ = 0;        // mapping or mapped
+    std::uint32_t coming_ = 0;      // blocks whose pages are all mapped or ordered, not all mapped
+    std::uint64_t held_pages_ = 0;  // mapping or mapped
     PageUsage usage_;
     std::uint64_t ticks_ = 0, last_active_ns_ = 0, last_stock_miss_ns_ = 0;
     bool released_free_ = false, released_cache_ = false;  // by the idle clock, since the last activity
