@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ def install() -> None:
     version = _version()
     gate.check_version(version)
     seams.check(version)
+    logging.getLogger("vllm.elastickv").setLevel(settings.log.upper())
     _hook_engine(settings, version)
     _hook_worker()
     _installed.append(version)
