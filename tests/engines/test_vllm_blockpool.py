@@ -16,7 +16,7 @@ from elastickv.config import Settings
 from elastickv.errors import EngineRefused
 from elastickv.memory import Cache, RankGeometry, RankMemory
 
-pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 BLOCK = 64 * 1024
 BLOCKS = 65

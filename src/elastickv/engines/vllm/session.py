@@ -173,16 +173,13 @@ class Session:
     def budget_blocks(self) -> int:
         """How many blocks the tenant may hold under its limit as it is now."""
         cache = self._need_cache()
-        share = min(
-            min(device.capacity, cache.tenants[device.name].limit_wanted[0] or device.capacity) / device.capacity
-            for device in self.devices
-        )
-        per_block = {
-            device.name: sum(s.spans * s.block_bytes for s in self.shapes if s.device == device.name)
-            for device in self.devices
-        }
-        room = min(int(device.capacity * share) // per_block[device.name] for device in self.devices)
-        return max(1, min(room, cache.geometry.num_blocks) - 1)
+        room = cache.geometry.num_blocks
+        for device in self.devices:
+            limit = cache.tenants[device.name].limit_wanted[0]
+            budget_bytes = device.capacity if limit is None else min(limit, device.capacity)
+            per_block = sum(s.spans * s.block_bytes for s in self.shapes if s.device == device.name)
+            room = min(room, budget_bytes // per_block)
+        return max(1, room - 1)
 
     def _need_cache(self) -> Cache:
         if self.cache is None:

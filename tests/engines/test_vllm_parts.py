@@ -1,0 +1,230 @@
+"""Parts of the vLLM plug-in against stand-ins: what is checked at the start, asked before admission, and waited for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from elastickv.config import Settings
+from elastickv.errors import EngineRefused
+from elastickv.memory import Cache, RankGeometry, RankMemory
+
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+
+BLOCK = 64 * 1024
+
+
+@pytest.fixture
+def cache(directory: Path) -> Iterator[tuple[Cache, RankMemory]]:
+    arguments = {"capacity": 17 * BLOCK, "device": "host", "directory": str(directory), "stock": 0, "page": BLOCK}
+    settings = Settings.load(arguments={**arguments, "name": "one", "idle_release": "1h"})
+    made = Cache.create(settings, num_blocks=33, ranks=[RankGeometry("host", 1, BLOCK)])
+    memory = RankMemory.attach(made.rank_spec(0))
+    made.wait_ready(10)
+    yield made, memory
+    memory.close()
+    made.close()
+
+
+def scheduler(native: Any, *, reserved: int = 0) -> tuple[Any, Any]:
+    """A stand-in with vLLM's own block pool, made elastic; its manager asks for `request.blocks` blocks."""
+    from vllm.v1.core.block_pool import BlockPool
+
+    from elastickv.engines.vllm.scheduler import attach
+
+    coordinator = SimpleNamespace(get_num_blocks_to_allocate=lambda request: request.blocks)
+    pool = BlockPool(33, True, 16)
+
+    def allocate_slots(request: Any, reserved_blocks: int = 0) -> list[Any] | None:
+        needed = coordinator.get_num_blocks_to_allocate(request)
+        if needed + manager.watermark_blocks > pool.get_num_free_blocks() - reserved_blocks:
+            return None
+        return list(pool.get_new_blocks(needed))
+
+    manager = SimpleNamespace(
+        block_pool=pool, coordinator=coordinator, allocate_slots=allocate_slots, watermark_blocks=3
+    )
+    made = SimpleNamespace(kv_cache_manager=manager, running=[])
+    return made, attach(made, native, lambda: 16, 0.0)
+
+
+def request(blocks: int, status: str = "WAITING") -> Any:
+    from vllm.v1.request import RequestStatus
+
+    return SimpleNamespace(blocks=blocks, status=RequestStatus[status], num_in_flight_tokens=0)
+
+
+def test_memory_is_there_before_vllm_counts(cache: tuple[Cache, RankMemory]) -> None:
+    made, _ = scheduler(cache[0].pool)
+    assert cache[0].pool.num_available() == 0
+    assert len(made.kv_cache_manager.allocate_slots(request(5))) == 5
+    assert cache[0].pool.num_used() == 5
+
+
+def test_what_vllm_keeps_free_besides_is_asked_for_too(cache: tuple[Cache, RankMemory]) -> None:
+    made, _ = scheduler(cache[0].pool)
+    assert len(made.kv_cache_manager.allocate_slots(request(5), reserved_blocks=4)) == 5
+    assert cache[0].pool.num_available() >= 4
+
+
+def test_the_watermark_is_of_the_memory_and_not_of_the_addresses(cache: tuple[Cache, RankMemory]) -> None:
+    made, _ = scheduler(cache[0].pool)
+    assert made.kv_cache_manager.watermark_blocks == 0
+
+
+def test_running_out_is_an_answer(cache: tuple[Cache, RankMemory]) -> None:
+    made, pool = scheduler(cache[0].pool)
+    held = made.kv_cache_manager.allocate_slots(request(16))
+    assert made.kv_cache_manager.allocate_slots(request(1)) is None
+    assert pool.starved
+    pool.free_blocks(held)
+    assert len(made.kv_cache_manager.allocate_slots(request(1))) == 1
+
+
+def step(made: Any, pool: Any, tokens: int) -> float:
+    from elastickv.engines.vllm.scheduler import throttle
+
+    began = time.monotonic()
+    throttle(made, SimpleNamespace(total_num_scheduled_tokens=tokens), pool)
+    return time.monotonic() - began
+
+
+def test_a_starved_engine_does_not_spin(cache: tuple[Cache, RankMemory]) -> None:
+    made, pool = scheduler(cache[0].pool)
+    assert step(made, pool, 0) < 0.005  # nothing was refused
+    made.kv_cache_manager.allocate_slots(request(16))
+    assert made.kv_cache_manager.allocate_slots(request(1)) is None
+    assert step(made, pool, 0) > 0.005
+    assert step(made, pool, 7) < 0.005
+    flying = request(1, "RUNNING")
+    flying.num_in_flight_tokens = 1
+    made.running.append(flying)
+    assert step(made, pool, 0) < 0.005  # the answer of a step will free something
+
+
+def test_a_scheduler_of_another_kind_is_refused() -> None:
+    from elastickv.engines.vllm.scheduler import managed
+
+    with pytest.raises(EngineRefused) as caught:
+        managed(dict, lambda config: config)
+    assert str(caught.value) == (
+        "elastickv cannot manage the scheduler builtins.dict: it is no subclass of vLLM's Scheduler; start without "
+        "--scheduler-cls, or unset ELASTICKV to serve without it"
+    )
+
+
+def test_a_worker_that_replaces_a_hooked_method_is_refused() -> None:
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    from elastickv.engines.vllm.gate import check_worker_class
+
+    check_worker_class(CPUWorker)
+    other = type("Other", (CPUWorker,), {"execute_model": lambda self, scheduler_output: None})
+    with pytest.raises(EngineRefused) as caught:
+        check_worker_class(other)
+    assert str(caught.value) == (
+        f"elastickv cannot manage the worker {other.__module__}.Other: it has its own execute_model(); "
+        "use vLLM's worker for CPU or CUDA, or unset ELASTICKV to serve without it"
+    )
+
+
+def report(**changes: Any) -> dict[str, Any]:
+    return {"memory": True, "tensors": True, "tickets": 1, **changes}
+
+
+@pytest.mark.parametrize(
+    ("reports", "missing"),
+    [
+        ([report(), report(tensors=False)], "rank 1: no tensors"),
+        ([report(tickets=0)], "rank 0: no tickets"),
+        ([{"memory": False, "tensors": False, "tickets": 0}], "rank 0: no memory, tensors, tickets"),
+    ],
+)
+def test_hooks_that_are_not_in_force_are_noticed(reports: list[dict[str, Any]], missing: str) -> None:
+    """The check that runs before an engine serves."""
+    from elastickv.engines.vllm.session import Session
+
+    steps: list[Any] = []
+    session = Session.__new__(Session)
+    session.version = "0.32.0"
+    session.executor = SimpleNamespace(execute_model=steps.append, collective_rpc=lambda name, timeout: reports)
+    with pytest.raises(EngineRefused) as caught:
+        session._check_engaged(SimpleNamespace(schedule=lambda: "an empty step"))
+    assert steps == ["an empty step"]
+    assert str(caught.value) == (
+        f"elastickv is not in charge of {missing} of it (vLLM 0.32.0); please report this, "
+        "or unset ELASTICKV to serve without it"
+    )
+
+
+def test_the_one_allocation_is_answered(cache: tuple[Cache, RankMemory]) -> None:
+    import torch
+
+    from elastickv.engines.vllm.backing import Backing
+
+    backing = Backing.__new__(Backing)
+    backing.memory = cache[1]
+    backing._answered = 0
+    with backing.allocation():
+        other = torch.zeros(5, dtype=torch.int8)
+        floats = torch.zeros(33 * BLOCK, dtype=torch.float32)
+        tensor = torch.zeros(33 * BLOCK, dtype=torch.int8, device="cpu")
+    assert tensor.data_ptr() == cache[1].address
+    assert tensor.untyped_storage().nbytes() == 33 * BLOCK
+    assert int(tensor[:BLOCK].sum()) == 0
+    assert backing.holds([tensor, tensor[BLOCK:]])
+    assert not backing.holds([tensor, other])
+    assert not backing.holds([floats])
+    assert not backing.holds([])
+    backing.check_allocated(33 * BLOCK)
+    with pytest.raises(EngineRefused) as caught:
+        backing.check_allocated(34 * BLOCK)
+    assert str(caught.value) == (
+        "elastickv answered 1 allocations of 2.06 MiB, and vLLM planned one of 2.12 MiB: the cache is not managed; "
+        "please report this with vLLM's version"
+    )
+
+
+def test_a_cache_that_was_not_asked_for_is_noticed(cache: tuple[Cache, RankMemory]) -> None:
+    from elastickv.engines.vllm.backing import Backing
+
+    backing = Backing.__new__(Backing)
+    backing.memory = cache[1]
+    backing._answered = 0
+    with backing.allocation():
+        pass
+    with pytest.raises(EngineRefused, match=r"^elastickv answered 0 allocations of 2\.06 MiB"):
+        backing.check_allocated(33 * BLOCK)
+
+
+def test_a_worker_without_an_engine_that_is_managed() -> None:
+    from elastickv.engines.vllm.worker import WRAPPERS
+
+    def original(self: Any, kv_cache_config: Any) -> None:
+        raise AssertionError("the cache was allocated unmanaged")
+
+    with pytest.raises(EngineRefused) as caught:
+        WRAPPERS["initialize_from_config"](original)(SimpleNamespace(), SimpleNamespace())
+    assert str(caught.value) == (
+        "elastickv is on in this worker and off in its engine; give both the same environment, "
+        "or unset ELASTICKV to serve without it"
+    )
+
+
+def test_sleep_beside_a_neighbour_that_grows() -> None:
+    from elastickv.engines.vllm.sleep import worker_sleep
+
+    def fails(text: str) -> Any:
+        def original(self: Any, level: int = 1) -> None:
+            raise AssertionError(text)
+
+        return worker_sleep(original)
+
+    assert fails("Memory usage increased after sleeping.")(None) is None
+    with pytest.raises(AssertionError, match="something else"):
+        fails("something else")(None)
