@@ -6,6 +6,7 @@
 #include <random>
 #include <thread>
 
+#include "base/faultpoint.hpp"
 #include "ledger_support.hpp"
 
 using namespace ledgertest;
@@ -40,6 +41,8 @@ TEST("ledger race: two processes, 10,000 leases, never above the capacity") {
     const auto compete = [&](unsigned seed) {
         auto tenant = join(open(directory, 16 * MiB), "p" + std::to_string(seed));
         std::mt19937 random(seed);
+        // Widens the gap between the decision and the deed: without the lock the other would get into it.
+        fault::set("ledger.lease.decided", fault::Action::delay, 4000, 30);
         std::uint64_t granted = 0;
         while (granted < 5000) {
             const std::uint64_t bytes = (1 + random() % 12) * MiB;

@@ -88,6 +88,7 @@ Status TableTenant::take(Word &word, std::uint64_t bytes, bool ring) {
         int index = -1;
         verdict = decide(bytes, snapshot, *capacity, index);
         if (verdict == policy::Verdict::grant) {
+            (void)fault::point("ledger.lease.decided");
             word.fetch_add(bytes, std::memory_order_acq_rel);
             (void)fault::point("ledger.lease.granted");
             put(row().active_ns, snapshot.now_ns);
