@@ -81,16 +81,16 @@ def until(what: Callable[[], bool], seconds: float) -> float:
 def greedy_neighbour(directory: Path, most: int) -> Iterator[list[int]]:
     """A tenant that takes up to `most` blocks and gives them back, again and again; yields how many it got."""
     got: list[int] = []
-    stop = threading.Event()
+    started, stop = threading.Event(), threading.Event()
+    options = {"idle_release": "0.05s", "give_back_wait": "500ms", "page": BLOCK}
 
     def work() -> None:
         rng = random.Random(0)
         with (
             elastickv.open_device("host", directory=str(directory)) as device,
-            device.join("neighbour", idle_release="0.05s", page=BLOCK).cache(
-                num_blocks=512, block_bytes=BLOCK
-            ) as cache,
+            device.join("neighbour", **options).cache(num_blocks=512, block_bytes=BLOCK) as cache,
         ):
+            started.set()
             while not stop.is_set():
                 ids = cache.alloc(rng.randint(1, most))
                 got.append(len(ids or []))
@@ -102,6 +102,7 @@ def greedy_neighbour(directory: Path, most: int) -> Iterator[list[int]]:
     thread = threading.Thread(target=work)
     thread.start()
     try:
+        assert started.wait(30)
         yield got
     finally:
         stop.set()

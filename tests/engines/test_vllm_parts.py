@@ -228,3 +228,19 @@ def test_sleep_beside_a_neighbour_that_grows() -> None:
     assert fails("Memory usage increased after sleeping.")(None) is None
     with pytest.raises(AssertionError, match="something else"):
         fails("something else")(None)
+
+
+def test_an_idle_engine_says_what_it_forgets() -> None:
+    from elastickv.engines.vllm.scheduler import publish_events
+
+    batches: list[Any] = []
+    waiting = [["removed"], []]
+    made = SimpleNamespace(
+        kv_cache_manager=SimpleNamespace(take_events=waiting.pop),
+        kv_event_publisher=SimpleNamespace(publish=batches.append),
+    )
+    publish_events(made)
+    assert batches == []
+    publish_events(made)
+    assert [batch.events for batch in batches] == [["removed"]]
+    assert abs(batches[0].ts - time.time()) < 60

@@ -7,9 +7,11 @@ KVCacheManager it makes.
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
+from vllm.distributed.kv_events import KVEventBatch
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
@@ -19,7 +21,7 @@ from elastickv.errors import EngineRefused
 if TYPE_CHECKING:
     from elastickv.engines.vllm.session import Session
 
-__all__ = ["TICKET", "attach", "managed", "throttle"]
+__all__ = ["TICKET", "attach", "managed", "publish_events", "throttle"]
 
 TICKET: Final = "elastickv_ticket"
 """The attribute of a SchedulerOutput that carries the newest order to unmap. Absent: nothing new."""
@@ -93,3 +95,10 @@ def throttle(scheduler: Any, output: Any, pool: ElasticBlockPool) -> None:
         return
     native = pool.native
     native.wait_freed(native.freed_word(), _STARVED_WAIT_US)
+
+
+def publish_events(scheduler: Any) -> None:
+    """Publishes what the pool has to say now: in an idle engine no step would do it until the next request."""
+    events = scheduler.kv_cache_manager.take_events()
+    if events:
+        scheduler.kv_event_publisher.publish(KVEventBatch(ts=time.time(), events=events))

@@ -212,8 +212,11 @@ class Session:
         """The same between steps, with the idle clock; the order goes by itself."""
         pool = self.pool
         if pool is not None and self.cache is not None:
-            pool.forget(pool.native.maintain(True))
+            evicted = pool.native.maintain(True)
+            pool.forget(evicted)
             self.flush()
+            if evicted:
+                scheduler.publish_events(self.scheduler)
 
     def flush(self) -> None:
         """Sends an order that no step has taken along yet."""
