@@ -20,7 +20,7 @@ BLOCKS = 8 * GIB // BLOCK
 
 
 def main() -> int:
-    chosen = options(__doc__, lambda parser: parser.add_argument("--max-extent", default=None, help="the default's"))
+    chosen = options(__doc__, lambda parser: parser.add_argument("--max-extent", help="instead of the default"))
     rounds: dict[str, list[float]] = {}
     more: dict[str, Any] = {} if chosen.max_extent is None else {"max_extent": chosen.max_extent}
     with scratch() as place:

@@ -1,5 +1,6 @@
 // The driver calls that one extent costs, by themselves: create, map, give access, clear, wait; then unmap, release.
-// mapper_cost.py builds and runs it:  raw_calls EXTENT_BYTES EXTENTS ROUNDS  -> a line of JSON a round, in microseconds.
+// mapper_cost.py builds and runs it:  raw_calls EXTENT_BYTES EXTENTS  -> for each line on stdin one round, answered by a
+// line of JSON in microseconds an extent.
 #include <dlfcn.h>
 
 #include <chrono>
@@ -45,9 +46,8 @@ double since(Clock::time_point start) {
 }  // namespace
 
 int main(int argc, char **argv) {
-    if (argc != 4) return 2;
+    if (argc != 3) return 2;
     const std::size_t bytes = std::strtoull(argv[1], nullptr, 10), count = std::strtoull(argv[2], nullptr, 10);
-    const int rounds = std::atoi(argv[3]);
     library = ::dlopen("libcuda.so.1", RTLD_NOW);
     if (library == nullptr) return 1;
     check(find<unsigned>("cuInit")(0), "cuInit");
@@ -74,7 +74,7 @@ int main(int argc, char **argv) {
     properties.location = {1, 0};
     const Access access{{1, 0}, 3};
     std::vector<std::uint64_t> handles(count);
-    for (int round = 0; round < rounds; ++round) {
+    for (char line[16]; std::fgets(line, sizeof line, stdin) != nullptr;) {
         double clearing = 0;
         const auto up = Clock::now();
         for (std::size_t i = 0; i < count; ++i) {
@@ -100,6 +100,7 @@ int main(int argc, char **argv) {
         }
         const double n = static_cast<double>(count);
         std::printf("{\"map\": %.3f, \"clear\": %.3f, \"unmap\": %.3f}\n", mapped / n, clearing / n, since(down) / n);
+        std::fflush(stdout);
     }
     return 0;
 }

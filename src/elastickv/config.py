@@ -203,7 +203,7 @@ VARIABLES: Final[tuple[Variable, ...]] = (
     Variable(
         "max_extent",
         _positive_size,
-        "64MiB on a GPU, one page on the host",
+        "128MiB on a GPU, one page on the host",
         "The most bytes that one mapping covers. Mappings grow with use, up to this.",
     ),
     Variable("idle_release", parse_seconds, "2", "Seconds without work until mapped free memory is given back."),

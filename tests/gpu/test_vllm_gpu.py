@@ -126,16 +126,24 @@ def test_two_engines_in_the_memory_of_one(model: Path, plain: Result, tmp_path: 
             engine.wait_ready()
         for engine in engines.values():
             engine.go()
+        ledger = ledger_of(directory)
+        for engine in engines.values():
+            engine.wait_round()
+        misses = sum(tenant.counters.misses for tenant in read_device(ledger).tenants)
         results = {name: engine.finish() for name, engine in engines.items()}
     for name, result in results.items():
         say(name, result)
         assert differences(plain.tokens, result.tokens) == []
-    (ledger,) = directory.glob("*.ledger")
-    settings = Settings.load(arguments={"directory": str(directory), "device": ledger.stem}, environ={})
-    view = read_device(open_device_ledger(ledger.stem, settings))
+    assert misses > 0
+    view = read_device(ledger)
     assert view.living == ()
     assert sum(tenant.leased for tenant in view.tenants) == 0
-    assert sum(tenant.counters.misses for tenant in view.tenants) > 0
+
+
+def ledger_of(directory: Path) -> Any:
+    (file,) = directory.glob("*.ledger")
+    settings = Settings.load(arguments={"directory": str(directory), "device": file.stem}, environ={})
+    return open_device_ledger(file.stem, settings)
 
 
 def test_the_block_size_is_raised_where_parts_would_be_small(tmp_path: Path) -> None:

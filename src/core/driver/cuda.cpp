@@ -29,6 +29,29 @@ cuda::AllocationProperties properties_of(int ordinal) {
     return properties;
 }
 
+// One fence with two owners: whoever waits for the clearing, and the driver, which must not unmap before.
+class SharedFence final : public Fence {
+  public:
+    struct State {
+        std::mutex mutex;
+        std::unique_ptr<Fence> fence;  // null once it has passed
+    };
+    explicit SharedFence(std::shared_ptr<State> state) : state_(std::move(state)) {}
+
+    Result<bool> done() noexcept override {
+        return no_throw([&]() -> Result<bool> {
+            std::lock_guard guard(state_->mutex);
+            if (!state_->fence) return true;
+            Result<bool> passed = state_->fence->done();
+            if (passed.ok() && *passed) state_->fence.reset();
+            return passed;
+        });
+    }
+
+  private:
+    const std::shared_ptr<State> state_;
+};
+
 class CudaDriver final : public Driver, public ForkAware {
   public:
     CudaDriver(std::shared_ptr<Gpu> gpu, std::uint64_t page_bytes, std::uint64_t clear_timeout_ms)
@@ -51,6 +74,7 @@ class CudaDriver final : public Driver, public ForkAware {
     Status release(PhysicalId id) noexcept override;
     Status map(Address address, std::uint64_t bytes, PhysicalId id) noexcept override;
     Status set_access(Address address, std::uint64_t bytes) noexcept override;
+    Status open_access(Address address, std::uint64_t bytes, std::unique_ptr<Fence> *clearing) noexcept override;
     Status unmap(Address address, std::uint64_t bytes) noexcept override;
     Result<MemoryInfo> memory_info() noexcept override;
     DriverStats stats() const noexcept override { return book_.stats(); }
@@ -65,7 +89,9 @@ class CudaDriver final : public Driver, public ForkAware {
 
   private:
     Status enter(const char *call) const;
-    Status allow_and_clear(Address address, std::uint64_t bytes, bool fresh);
+    Status give_access(Address address, std::uint64_t bytes, std::unique_ptr<Fence> *clearing);
+    Status allow_and_clear(Address address, std::uint64_t bytes, bool fresh, std::unique_ptr<Fence> *clearing);
+    Status start_clearing(Address address, std::uint64_t bytes, std::unique_ptr<Fence> *clearing);
     Status check_cleared(Address address, std::uint64_t bytes);
     std::string text(const char *what, std::uint64_t bytes, Address address) const;
 
@@ -76,7 +102,7 @@ class CudaDriver final : public Driver, public ForkAware {
     Book book_;
     cuda::Clearer clearer_;
     std::mutex clearing_mutex_;
-    std::map<Address, std::unique_ptr<Fence>> clearing_;  // ranges whose clearing timed out and may still run
+    std::map<Address, std::unique_ptr<Fence>> clearing_;  // ranges whose clearing may still run
 };
 
 // Whatever was not given back goes now.
@@ -197,12 +223,27 @@ Status CudaDriver::map(Address address, std::uint64_t bytes, PhysicalId id) noex
     });
 }
 
-Status CudaDriver::allow_and_clear(Address address, std::uint64_t bytes, bool fresh) {
+Status CudaDriver::start_clearing(Address address, std::uint64_t bytes, std::unique_ptr<Fence> *clearing) {
+    Result<std::unique_ptr<Fence>> fence = clearer_.start(address, bytes);
+    if (!fence.ok()) return fence.status();
+    auto state = std::make_shared<SharedFence::State>();
+    state->fence = std::move(fence).value();
+    *clearing = std::make_unique<SharedFence>(state);
+    auto own = std::make_unique<SharedFence>(std::move(state));
+    std::lock_guard guard(clearing_mutex_);
+    clearing_.insert_or_assign(address, std::move(own));
+    return {};
+}
+
+// Waits for the clearing if `clearing` is null.
+Status CudaDriver::allow_and_clear(Address address, std::uint64_t bytes, bool fresh,
+                                   std::unique_ptr<Fence> *clearing) {
     const cuda::AccessDescription access{{cuda::kLocationDevice, gpu_->ordinal()}, cuda::kAccessReadWrite};
     if (cuda::Code code = table_.set_access(address, bytes, &access, 1); code != kSuccess) {
         return table_.failure(table_.set_access.name, code, text("giving access to", bytes, address));
     }
     if (!fresh) return {};
+    if (clearing != nullptr) return start_clearing(address, bytes, clearing);
     std::unique_ptr<Fence> pending;
     Status status = clearer_.clear(address, bytes, clear_timeout_ms_, &pending);
     if (pending) {
@@ -212,17 +253,24 @@ Status CudaDriver::allow_and_clear(Address address, std::uint64_t bytes, bool fr
     return status;
 }
 
+Status CudaDriver::give_access(Address address, std::uint64_t bytes, std::unique_ptr<Fence> *clearing) {
+    if (Status status = enter("set_access"); !status.ok()) return status;
+    ContextScope scope(*gpu_);
+    if (!scope.status().ok()) return scope.status();
+    bool fresh = false;
+    if (Status status = book_.begin_access(address, bytes, &fresh); !status.ok()) return status;
+    Status status = allow_and_clear(address, bytes, fresh, clearing);
+    book_.end_access(address, bytes, status.ok());
+    return status;
+}
+
 Status CudaDriver::set_access(Address address, std::uint64_t bytes) noexcept {
-    return no_throw([&]() -> Status {
-        if (Status status = enter("set_access"); !status.ok()) return status;
-        ContextScope scope(*gpu_);
-        if (!scope.status().ok()) return scope.status();
-        bool fresh = false;
-        if (Status status = book_.begin_access(address, bytes, &fresh); !status.ok()) return status;
-        Status status = allow_and_clear(address, bytes, fresh);
-        book_.end_access(address, bytes, status.ok());
-        return status;
-    });
+    return no_throw([&]() -> Status { return give_access(address, bytes, nullptr); });
+}
+
+Status CudaDriver::open_access(Address address, std::uint64_t bytes, std::unique_ptr<Fence> *clearing) noexcept {
+    clearing->reset();
+    return no_throw([&]() -> Status { return give_access(address, bytes, clearing); });
 }
 
 // timeout while an earlier clearing of a part of the range may still be running.

@@ -73,8 +73,7 @@ Result<Stream> Clearer::stream() {
     return made;
 }
 
-Status Clearer::clear(DevicePointer address, std::uint64_t bytes, std::uint64_t timeout_ms,
-                      std::unique_ptr<Fence> *pending) {
+Result<std::unique_ptr<Fence>> Clearer::start(DevicePointer address, std::uint64_t bytes) {
     Result<Stream> own = stream();
     if (!own.ok()) return own.status();
     const Table &table = gpu_->table();
@@ -82,9 +81,14 @@ Status Clearer::clear(DevicePointer address, std::uint64_t bytes, std::uint64_t 
         return table.failure(table.fill_async.name, code,
                              "clearing " + human_bytes(bytes) + " at " + hex(address) + " of " + gpu_->id());
     }
+    return record_fence(gpu_, *own);
+}
+
+Status Clearer::clear(DevicePointer address, std::uint64_t bytes, std::uint64_t timeout_ms,
+                      std::unique_ptr<Fence> *pending) {
     const auto started = Clock::now();
     const auto deadline = started + std::chrono::milliseconds(timeout_ms);
-    Result<std::unique_ptr<Fence>> fence = record_fence(gpu_, *own);
+    Result<std::unique_ptr<Fence>> fence = start(address, bytes);
     if (!fence.ok()) return fence.status();
     for (;;) {
         Result<bool> done = (*fence)->done();

@@ -22,6 +22,8 @@ class Clearer {
     Clearer(const Clearer &) = delete;
     Clearer &operator=(const Clearer &) = delete;
 
+    // Enqueues the fill; the fence is behind it. The GPU's context must be current.
+    Result<std::unique_ptr<Fence>> start(DevicePointer address, std::uint64_t bytes);
     // Enqueues the fill and waits for it, `timeout_ms` at most. The GPU's context must be current. timeout: `*pending`
     // is the fence behind the fill that is still running; the range must stay mapped until it is done.
     Status clear(DevicePointer address, std::uint64_t bytes, std::uint64_t timeout_ms, std::unique_ptr<Fence> *pending);

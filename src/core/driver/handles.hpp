@@ -119,11 +119,14 @@ class Physical {
 class Mapping {
   public:
     // Maps and gives access; when the second fails the first is undone (an undo that fails counts as a leaked call).
-    static Result<Mapping> make(std::shared_ptr<Driver> driver, Address address, std::uint64_t bytes,
-                                PhysicalId id) noexcept {
+    // With `clearing` it does not wait until fresh memory is cleared: see Driver::open_access().
+    static Result<Mapping> make(std::shared_ptr<Driver> driver, Address address, std::uint64_t bytes, PhysicalId id,
+                                std::unique_ptr<Fence> *clearing = nullptr) noexcept {
         if (Status status = driver->map(address, bytes, id); !status.ok()) return status;
         Mapping mapping(std::move(driver), address, bytes);
-        if (Status status = mapping.driver_->set_access(address, bytes); !status.ok()) return status;
+        const Status status = clearing == nullptr ? mapping.driver_->set_access(address, bytes)
+                                                  : mapping.driver_->open_access(address, bytes, clearing);
+        if (!status.ok()) return status;
         return mapping;
     }
     Mapping() noexcept = default;

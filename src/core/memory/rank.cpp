@@ -11,6 +11,7 @@ namespace {
 
 constexpr std::uint64_t kIdleWaitUs = 100'000;  // looks at `closed` and `stop` at least this often
 constexpr std::uint64_t kFencePollUs = 50;      // an event is polled, never waited for: the device has its own pace
+constexpr std::uint64_t kSpinNs = 500'000;      // clearing takes microseconds, unless the device is busy with long work
 
 }  // namespace
 
@@ -106,12 +107,19 @@ void Rank::run() noexcept {
         bool worked = drain_ring();
         const bool fences_pending = poll_fences();
         worked = retry_waiting() || worked;
+        worked = poll_clearing() || worked;
         if (worked) {
             futex_ring(header.answer_bell);
             continue;
         }
-        futex_wait(header.order_bell, seen, fences_pending ? kFencePollUs : kIdleWaitUs);
+        if (!clearing_.empty() && monotonic_ns() - clearing_.front().since_ns < kSpinNs) {
+            std::this_thread::yield();
+            continue;
+        }
+        futex_wait(header.order_bell, seen, fences_pending || !clearing_.empty() ? kFencePollUs : kIdleWaitUs);
     }
+    for (Clearing &one : clearing_) wait_cleared(one.fences);
+    clearing_.clear();
     std::int64_t freed = 0;
     for (auto &[page, extent] : extents_) freed += static_cast<std::int64_t>(extent_bytes(extent.pages));
     extents_.clear();
@@ -131,8 +139,47 @@ bool Rank::drain_ring() noexcept {
         for (std::uint32_t page = 0; page < header.pages; ++page) look_at(page);
         return true;
     }
-    for (; cursor_ != tail; ++cursor_) look_at(table_->ring_at(cursor_));
+    for (; cursor_ != tail; ++cursor_) {
+        look_at(table_->ring_at(cursor_));
+        poll_clearing();  // while this extent is being cleared, the next one is mapped
+    }
     return true;
+}
+
+bool Rank::being_cleared(std::uint32_t page, std::uint32_t generation) const noexcept {
+    return std::any_of(clearing_.begin(), clearing_.end(), [&](const Clearing &one) {
+        return one.page == page && one.generation == generation;
+    });
+}
+
+// Answers extents whose memory has been cleared, in the order of their clearing; true when there were any.
+bool Rank::poll_clearing() noexcept {
+    bool worked = false;
+    while (!clearing_.empty()) {
+        Clearing &one = clearing_.front();
+        while (!one.fences.empty()) {
+            const Result<bool> done = one.fences.back()->done();
+            if (!done.ok()) note_failure(done.status().message());
+            if (!done.ok() || !done.value()) return worked;  // never answered: nobody may use what may not be zero
+            one.fences.pop_back();
+        }
+        answer(one.page, one.generation, So::mapped);
+        clearing_.pop_front();
+        worked = true;
+    }
+    return worked;
+}
+
+// Before memory is taken away again; a device that does not answer within the deadline keeps it.
+void Rank::wait_cleared(std::vector<std::unique_ptr<Fence>> &fences) const noexcept {
+    const std::uint64_t until = monotonic_ns() + options_.deadline_ms * 1'000'000U;
+    for (const auto &fence : fences) {
+        for (;;) {
+            const Result<bool> done = fence->done();
+            if (!done.ok() || done.value() || monotonic_ns() >= until) break;
+            std::this_thread::yield();
+        }
+    }
 }
 
 void Rank::look_at(std::uint32_t page) noexcept {
@@ -141,7 +188,7 @@ void Rank::look_at(std::uint32_t page) noexcept {
     const auto so = Answer::unpack(table_->so(options_.rank, page).load(std::memory_order_relaxed));
     if (wanted.generation == 0 || so.generation == wanted.generation) return;
     if (wanted.map) {
-        map_extent(page, wanted);
+        if (!being_cleared(page, wanted.generation)) map_extent(page, wanted);
         return;
     }
     const std::uint64_t ticket = table_->ticket(page).load(std::memory_order_relaxed);
@@ -186,15 +233,17 @@ bool Rank::retry_waiting() noexcept {
     return worked;
 }
 
-Status Rank::map_pieces(std::uint32_t page, Extent &extent) {
+Status Rank::map_pieces(std::uint32_t page, Extent &extent, std::vector<std::unique_ptr<Fence>> &clearing) {
     const std::uint64_t bytes = options_.page_bytes * extent.pages;
     extent.pieces.reserve(options_.spans);
     for (std::uint64_t span = 0; span < options_.spans; ++span) {
         const Address address = address_of(page, span);
         auto memory = Physical::make(driver_, bytes);
         if (!memory.ok()) return memory.status();
-        auto mapping = Mapping::make(driver_, address, bytes, memory->id());
+        std::unique_ptr<Fence> fence;
+        auto mapping = Mapping::make(driver_, address, bytes, memory->id(), &fence);
         if (!mapping.ok()) return mapping.status();
+        if (fence) clearing.push_back(std::move(fence));
         extent.pieces.push_back({std::move(memory).value(), std::move(mapping).value()});
     }
     return {};
@@ -204,6 +253,7 @@ void Rank::map_extent(std::uint32_t page, const Wanted &wanted) noexcept {
     const std::uint64_t start = monotonic_ns();
     Extent extent;
     extent.pages = wanted.pages;
+    std::vector<std::unique_ptr<Fence>> clearing;
     Status status;
     if (extents_.contains(page))
         status = {Code::invalid, "page " + std::to_string(page) + " was ordered mapped twice"};
@@ -211,8 +261,9 @@ void Rank::map_extent(std::uint32_t page, const Wanted &wanted) noexcept {
         status = {Code::invalid, "an extent of " + std::to_string(wanted.pages) + " pages at page " +
                                      std::to_string(page) + " leaves the table"};
     else
-        status = map_pieces(page, extent);
+        status = map_pieces(page, extent, clearing);
     if (!status.ok()) {
+        wait_cleared(clearing);
         extent.pieces.clear();  // all or none: what was mapped so far is unmapped here
         note_failure(status.message());
         answer(page, wanted.generation, So::failed);
@@ -224,6 +275,10 @@ void Rank::map_extent(std::uint32_t page, const Wanted &wanted) noexcept {
     slot_.maps.fetch_add(1, std::memory_order_relaxed);
     slot_.map_ns.fetch_add(monotonic_ns() - start, std::memory_order_relaxed);
     hooks_.mapped(static_cast<std::int64_t>(bytes));
+    if (!clearing.empty()) {
+        clearing_.push_back({page, wanted.generation, monotonic_ns(), std::move(clearing)});
+        return;
+    }
     answer(page, wanted.generation, So::mapped);
 }
 

@@ -65,6 +65,11 @@ class Rank {
         std::uint32_t pages = 0;
         std::vector<Piece> pieces;  // one per span
     };
+    struct Clearing {  // an extent that is mapped and not answered yet, for its memory is still being cleared
+        std::uint32_t page = 0, generation = 0;
+        std::uint64_t since_ns = 0;
+        std::vector<std::unique_ptr<Fence>> fences;
+    };
     struct PendingFence {
         std::uint64_t ticket;
         std::unique_ptr<Fence> fence;
@@ -78,7 +83,10 @@ class Rank {
     void look_at(std::uint32_t page) noexcept;
     void map_extent(std::uint32_t page, const Wanted &wanted) noexcept;
     void unmap_extent(std::uint32_t page, const Wanted &wanted) noexcept;
-    Status map_pieces(std::uint32_t page, Extent &extent);
+    Status map_pieces(std::uint32_t page, Extent &extent, std::vector<std::unique_ptr<Fence>> &clearing);
+    bool poll_clearing() noexcept;
+    bool being_cleared(std::uint32_t page, std::uint32_t generation) const noexcept;
+    void wait_cleared(std::vector<std::unique_ptr<Fence>> &fences) const noexcept;
     void answer(std::uint32_t page, std::uint32_t generation, So so) noexcept;
     void note_failure(const std::string &text) noexcept;
     std::uint64_t extent_bytes(std::uint32_t pages) const noexcept {
@@ -97,6 +105,7 @@ class Rank {
 
     std::unordered_map<std::uint32_t, Extent> extents_;  // mapper's own
     std::vector<std::uint32_t> waiting_;                 // pages whose unmap waits for its fence
+    std::deque<Clearing> clearing_;                      // oldest first
     std::uint64_t cursor_ = 0;
     std::mutex fences_mutex_;
     std::deque<PendingFence> fences_;
