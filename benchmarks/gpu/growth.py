@@ -3,7 +3,8 @@
     python benchmarks/gpu/growth.py
 
 Cold: nothing but block 0 is mapped; one request for all blocks. Warm: the blocks were freed a moment ago, and are
-mapped still. Blocks of 2 MiB, as a Llama-3.1-8B with 16 tokens a block has them.
+mapped still. The same driver calls are made by themselves in turns with it, for absolute times differ from machine to
+machine. Blocks of 2 MiB, as a Llama-3.1-8B with 16 tokens a block has them.
 """
 
 from __future__ import annotations
@@ -11,9 +12,13 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from common import GIB, MIB, Bare, options, scratch, spread, write
+from mapper_cost import Raw, build
+
+from elastickv.units import parse_size
 
 BLOCK = 2 * MIB
 BLOCKS = 8 * GIB // BLOCK
@@ -23,11 +28,16 @@ def main() -> int:
     chosen = options(__doc__, lambda parser: parser.add_argument("--max-extent", help="instead of the default"))
     rounds: dict[str, list[float]] = {}
     more: dict[str, Any] = {} if chosen.max_extent is None else {"max_extent": chosen.max_extent}
-    with scratch() as place:
+    size = 128 * MIB if chosen.max_extent is None else parse_size(chosen.max_extent, "--max-extent")
+    count = 8 * GIB // size
+    with scratch() as place, Raw(build(Path(place)), size, count) as calls:
         bare = Bare(place, "growing", blocks=2 * BLOCKS, block=BLOCK, capacity=32 * GIB, **more)
         extents = 0
         for number in range(chosen.repeats + 1):
             figures, extents = measure(bare)
+            raw = calls.measure()
+            figures["raw calls up ms"] = raw["map"] * count / 1000
+            figures["raw calls down ms"] = raw["unmap"] * count / 1000
             if number:
                 for key, value in figures.items():
                     rounds.setdefault(key, []).append(value)
