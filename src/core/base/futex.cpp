@@ -15,6 +15,12 @@ std::uint64_t monotonic_ns() noexcept {
     return static_cast<std::uint64_t>(now.tv_sec) * 1'000'000'000U + static_cast<std::uint64_t>(now.tv_nsec);
 }
 
+std::uint64_t coarse_ns() noexcept {
+    timespec now{};
+    clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
+    return static_cast<std::uint64_t>(now.tv_sec) * 1'000'000'000U + static_cast<std::uint64_t>(now.tv_nsec);
+}
+
 void futex_wait(const std::atomic<std::uint32_t> &word, std::uint32_t seen, std::uint64_t timeout_us) noexcept {
     timespec timeout{};
     timeout.tv_sec = static_cast<time_t>(timeout_us / 1'000'000U);

@@ -79,12 +79,8 @@ std::uint64_t Pool::evict_extents(std::uint64_t pages, std::uint64_t keep, std::
     return given;
 }
 
-// Block operations only set a flag; the clock is read here.
-void Pool::note_activity(std::uint64_t now) noexcept {
-    if (!touched_.exchange(false, std::memory_order_relaxed)) return;
-    last_active_ns_ = now;
-    released_free_ = released_cache_ = false;
-}
+// A clock that is read in a few nanoseconds, right to a few milliseconds: block operations read it each time.
+void Pool::mark_active() noexcept { last_active_ns_.store(coarse_ns(), std::memory_order_relaxed); }
 
 void Pool::ordered(std::uint64_t given, std::uint64_t ticket, std::uint64_t now) noexcept {
     if (given != 0) {
@@ -109,7 +105,6 @@ std::vector<std::uint32_t> Pool::maintain(bool idle) {
     const std::scoped_lock lock(mutex_);
     poll_locked();
     const std::uint64_t now = monotonic_ns();
-    note_activity(now);
     publish();  // what is asked of us depends on what we say we hold
 
     const bool limit_open = leases_.limit_open();
@@ -127,13 +122,14 @@ std::vector<std::uint32_t> Pool::maintain(bool idle) {
         if (given < lent && ask.cached != 0)
             given += evict_extents(std::min(ask.cached, lent - given), floor, ticket, evicted);
     }
-    const std::uint64_t quiet_us = (now - last_active_ns_) / 1000;
+    const std::uint64_t active = last_active_ns_.load(std::memory_order_relaxed);
+    const std::uint64_t quiet_us = now > active ? (now - active) / 1000 : 0;
     if (idle && quiet_us >= options_.idle_release_us) {
         if (options_.cache_release_us != kNever && quiet_us >= options_.cache_release_us)
             given += evict_extents(num_pages_, floor, ticket, evicted);
         given += give_free(num_pages_, floor, ticket);
-        released_free_ = true;
-        released_cache_ = quiet_us >= options_.cache_release_us;
+        released_free_for_ = active;
+        if (quiet_us >= options_.cache_release_us) released_cache_for_ = active;
     }
     ordered(given, ticket, now);
     if (limit_open) leases_.acknowledge_limits();
@@ -149,17 +145,19 @@ bool Pool::attention() noexcept {
 // When maintain(idle) would next have something to release by the clock; capped, so that a thread that waits for it
 // also notices answers and deaths.
 std::uint64_t Pool::next_deadline_us(bool idle) {
-    constexpr std::uint64_t most = 500'000;
+    constexpr std::uint64_t most = 250'000;
     const std::scoped_lock lock(mutex_);
     poll_locked();
     const std::uint64_t now = monotonic_ns();
-    note_activity(now);
     publish();
     if (!idle) return most;
-    const std::uint64_t floor = leases_.floor_pages(), quiet_us = (now - last_active_ns_) / 1000;
+    const std::uint64_t floor = leases_.floor_pages(), active = last_active_ns_.load(std::memory_order_relaxed);
+    const std::uint64_t quiet_us = now > active ? (now - active) / 1000 : 0;
     std::uint64_t due = kNever;
-    if (held_pages_ > floor && empty_extents_.count() != 0 && !released_free_) due = options_.idle_release_us;
-    if (held_pages_ > floor && lru_.count() != 0 && !released_cache_ && options_.cache_release_us != kNever)
+    if (held_pages_ > floor && empty_extents_.count() != 0 && released_free_for_ != active)
+        due = options_.idle_release_us;
+    if (held_pages_ > floor && lru_.count() != 0 && released_cache_for_ != active &&
+        options_.cache_release_us != kNever)
         due = std::min(due, std::max(options_.cache_release_us, options_.idle_release_us));
     if (due == kNever) return most;
     if (quiet_us >= due) return 0;

@@ -280,7 +280,7 @@ std::uint32_t Pool::ensure_locked(std::uint32_t n, bool patient, std::unique_loc
         poll_locked();
     }
     if (rang && free_blocks_.count() >= n) leases_.withdraw();  // else the demand stands until it expires
-    touched_.store(true, std::memory_order_relaxed);
+    mark_active();
     publish();
     return available();
 }

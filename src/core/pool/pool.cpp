@@ -70,7 +70,7 @@ Pool::Pool(std::shared_ptr<PageTable> table, std::vector<Leases::Share> shares, 
         missing_[block] = unready_[block] = static_cast<std::uint16_t>(last_page(block) - first_page(block) + 1);
     for (std::uint32_t page = 0; page < num_pages_; ++page) absent_pages_.insert(page);
     usage_.virtual_pages = num_pages_;
-    last_active_ns_ = monotonic_ns();
+    mark_active();
 }
 
 Pool::~Pool() { close(); }
@@ -163,7 +163,7 @@ void Pool::take_locked(std::span<std::uint32_t> out, std::uint32_t *evicted) noe
         set_state(id, BlockState::used);
     }
     counters_.evicted += *evicted;
-    touched_.store(true, std::memory_order_relaxed);
+    mark_active();
     publish();
 }
 
@@ -200,7 +200,7 @@ Status Pool::release(std::span<const std::uint32_t> ids, bool cached) {
                                     : id == 0 ? "but is the null block"
                                               : "but is not in use")};
     }
-    touched_.store(true, std::memory_order_relaxed);
+    mark_active();
     publish();
     return {};
 }
@@ -210,7 +210,7 @@ Status Pool::touch(std::uint32_t id) {
     if (id >= options_.num_blocks || state_[id] != BlockState::cached)
         return {Code::invalid, "block " + std::to_string(id) + " was touched but is not cached"};
     set_state(id, BlockState::used);
-    touched_.store(true, std::memory_order_relaxed);
+    mark_active();
     publish();
     return {};
 }

@@ -76,7 +76,7 @@ class Pool {
     bool attention() noexcept;
     std::uint64_t ticket() const noexcept { return table_->header().ticket.load(std::memory_order_acquire); }
     std::uint64_t next_deadline_us(bool idle);
-    void mark_active() noexcept { touched_.store(true, std::memory_order_relaxed); }
+    void mark_active() noexcept;
     // Reads the ranks' answers; ensure and maintain do it too.
     void poll();
 
@@ -149,7 +149,6 @@ class Pool {
     std::uint64_t evict_extents(std::uint64_t pages, std::uint64_t keep, std::uint64_t ticket,
                                 std::vector<std::uint32_t> &evicted);
 
-    void note_activity(std::uint64_t now) noexcept;
     void ordered(std::uint64_t given, std::uint64_t ticket, std::uint64_t now) noexcept;
     void answer_with_free();
 
@@ -175,13 +174,13 @@ class Pool {
     std::uint32_t coming_ = 0;      // blocks whose pages are all mapped or ordered, not all mapped
     std::uint64_t held_pages_ = 0;  // mapping or mapped
     PageUsage usage_;
-    std::uint64_t ticks_ = 0, last_active_ns_ = 0, last_stock_miss_ns_ = 0;
-    bool released_free_ = false, released_cache_ = false;  // by the idle clock, since the last activity
+    std::uint64_t ticks_ = 0, last_stock_miss_ns_ = 0;
+    std::uint64_t released_free_for_ = 0, released_cache_for_ = 0;  // the activity after which the idle clock released
     std::uint64_t lost_pages_ = 0, map_failures_ = 0, grown_ = 0, returned_ = 0;
     Counters counters_;
     std::atomic<std::uint32_t> used_blocks_{0}, available_{0};
     std::atomic<std::uint64_t> maintain_again_ns_{0};
-    std::atomic<bool> touched_{true};
+    std::atomic<std::uint64_t> last_active_ns_{0};
 };
 
 }  // namespace elastickv
