@@ -18,8 +18,8 @@ CUDA_PAGE = 2 * 1024 * 1024
 """Minimum and recommended granularity of cuMemCreate on NVIDIA GPUs so far; the driver is asked again on attach."""
 
 CUDA_EXTENT = 128 * 1024 * 1024
-"""Growing by 8 GiB and giving it back takes 4.1 + 4.5 ms in such extents, 8.1 + 7.9 ms in extents of 64 MiB, and no less
-in larger ones (H100, driver 580; benchmarks/gpu/growth.py)."""
+"""Growing by 8 GiB and giving it back takes 4.1 + 4.5 ms in such extents, 8.1 + 7.9 ms in extents of 64 MiB, and no
+less in larger ones (H100, driver 580; benchmarks/gpu/growth.py)."""
 
 
 HOST_PAGE = 64 * 1024
