@@ -236,8 +236,7 @@ Status CudaDriver::start_clearing(Address address, std::uint64_t bytes, std::uni
 }
 
 // Waits for the clearing if `clearing` is null.
-Status CudaDriver::allow_and_clear(Address address, std::uint64_t bytes, bool fresh,
-                                   std::unique_ptr<Fence> *clearing) {
+Status CudaDriver::allow_and_clear(Address address, std::uint64_t bytes, bool fresh, std::unique_ptr<Fence> *clearing) {
     const cuda::AccessDescription access{{cuda::kLocationDevice, gpu_->ordinal()}, cuda::kAccessReadWrite};
     if (cuda::Code code = table_.set_access(address, bytes, &access, 1); code != kSuccess) {
         return table_.failure(table_.set_access.name, code, text("giving access to", bytes, address));

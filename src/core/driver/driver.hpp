@@ -60,8 +60,8 @@ class Driver {
     virtual Status map(Address address, std::uint64_t bytes, PhysicalId id) noexcept = 0;
     // Read and write access to a range that is tiled by whole mappings.
     virtual Status set_access(Address address, std::uint64_t bytes) noexcept = 0;
-    // The same without waiting where fresh memory is still being cleared: `*clearing` is then the fence behind that, and
-    // the range may be used once it has passed (unmap() answers timeout before). Null: it may be used now.
+    // The same without waiting where fresh memory is still being cleared: `*clearing` is then the fence behind that,
+    // and the range may be used once it has passed (unmap() answers timeout before). Null: it may be used now.
     virtual Status open_access(Address address, std::uint64_t bytes, std::unique_ptr<Fence> *clearing) noexcept {
         clearing->reset();
         return set_access(address, bytes);

@@ -147,9 +147,8 @@ bool Rank::drain_ring() noexcept {
 }
 
 bool Rank::being_cleared(std::uint32_t page, std::uint32_t generation) const noexcept {
-    return std::any_of(clearing_.begin(), clearing_.end(), [&](const Clearing &one) {
-        return one.page == page && one.generation == generation;
-    });
+    return std::any_of(clearing_.begin(), clearing_.end(),
+                       [&](const Clearing &one) { return one.page == page && one.generation == generation; });
 }
 
 // Answers extents whose memory has been cleared, in the order of their clearing; true when there were any.
