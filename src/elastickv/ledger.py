@@ -17,7 +17,6 @@ from elastickv.errors import NotFound
 __all__ = [
     "Counters",
     "DeviceView",
-    "LedgerView",
     "Limit",
     "TenantView",
     "Usage",
@@ -152,12 +151,6 @@ class DeviceView:
             revision=view["revision"],
             tenants=tuple(TenantView.from_dict(row) for row in view["tenants"]),
         )
-
-    of = from_dict
-
-
-LedgerView = DeviceView
-"""The same, by the name that the native interface has."""
 
 
 def open_ledger(settings: Settings, device: str, capacity: int = 0) -> _core.Ledger:
