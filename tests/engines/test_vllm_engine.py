@@ -78,8 +78,11 @@ def until(what: Callable[[], bool], seconds: float) -> float:
 
 
 @contextmanager
-def greedy_neighbour(directory: Path, most: int) -> Iterator[list[int]]:
-    """A tenant that takes up to `most` blocks and gives them back, again and again; yields how many it got."""
+def greedy_neighbour(directory: Path, base: int, most: int) -> Iterator[list[int]]:
+    """A tenant that keeps `base` blocks and takes up to `most` more, again and again; yields how many it got.
+
+    What it keeps does not depend on how fast the machine is, so the other tenant always has too little.
+    """
     got: list[int] = []
     started, stop = threading.Event(), threading.Event()
     options = {"idle_release": "0.05s", "give_back_wait": "500ms", "page": BLOCK}
@@ -90,6 +93,8 @@ def greedy_neighbour(directory: Path, most: int) -> Iterator[list[int]]:
             elastickv.open_device("host", directory=str(directory)) as device,
             device.join("neighbour", **options).cache(num_blocks=512, block_bytes=BLOCK) as cache,
         ):
+            kept = cache.alloc(base)
+            assert kept is not None
             started.set()
             while not stop.is_set():
                 ids = cache.alloc(rng.randint(1, most))
@@ -98,6 +103,7 @@ def greedy_neighbour(directory: Path, most: int) -> Iterator[list[int]]:
                 if ids:
                     cache.free(ids)
                 stop.wait(0.1 + 0.2 * rng.random())
+            cache.free(kept)
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -114,13 +120,13 @@ def greedy_neighbour(directory: Path, most: int) -> Iterator[list[int]]:
 def test_squeezed_by_a_neighbour_it_answers_as_plain_vllm(
     tiny: Path, plain: Result, directory: Path, caching: bool
 ) -> None:
-    """Addresses for 512 blocks, memory for 64, and a neighbour who takes up to 30 of them at any time."""
+    """Addresses for 512 blocks, memory for 64, and a neighbour who has 30 of them and takes up to 16 more at any time."""
     environment = managed(directory, blocks=64, ELASTICKV_IDLE_RELEASE="0.2s")
     engine = {"enable_prefix_caching": caching, "kv_events_config": {"enable_kv_cache_events": True}}
     with start(job(tiny, environment, engine=engine)) as running:
         running.wait_ready()
         assert running.blocks == 512
-        with greedy_neighbour(directory, 30) as got:
+        with greedy_neighbour(directory, base=30, most=16) as got:
             running.go()
             running.wait_round()
             running.go()
