@@ -120,7 +120,7 @@ def greedy_neighbour(directory: Path, base: int, most: int) -> Iterator[list[int
 def test_squeezed_by_a_neighbour_it_answers_as_plain_vllm(
     tiny: Path, plain: Result, directory: Path, caching: bool
 ) -> None:
-    """Addresses for 512 blocks, memory for 64, and a neighbour who has 30 of them and takes up to 16 more at any time."""
+    """Addresses for 512 blocks, memory for 64, and a neighbour who has 30 of those and takes up to 16 more."""
     environment = managed(directory, blocks=64, ELASTICKV_IDLE_RELEASE="0.2s")
     engine = {"enable_prefix_caching": caching, "kv_events_config": {"enable_kv_cache_events": True}}
     with start(job(tiny, environment, engine=engine)) as running:
