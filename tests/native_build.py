@@ -1,0 +1,71 @@
+"""Builds what the tests have in C++: the native tests, and the stand-ins for NVIDIA's libraries."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+__all__ = ["build", "run_native", "standin_libraries"]
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD_S = 1800
+
+
+def run_native(command: list[str], seconds: int, **environment: str) -> str:
+    """The command's output. A failure shows its end, for that is where the failed cases and reports are."""
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env={**os.environ, **environment},
+        start_new_session=True,  # so that what the tests forked goes with them
+    )
+    try:
+        output, _ = process.communicate(timeout=seconds)
+        ended = f"ended with {process.returncode}"
+    except subprocess.TimeoutExpired:
+        ended = f"did not end within {seconds} s"
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # the ordinary case: nothing is left of it
+            os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode is None:
+        output, _ = process.communicate(timeout=10)
+    if ended != "ended with 0":
+        failed = "\n".join(re.findall(r"^FAIL .*\n.*", output, re.MULTILINE))
+        pytest.fail(f"{' '.join(command)} {ended}\n{failed}\n{output[-6000:]}", pytrace=False)
+    return output
+
+
+def build(kind: str, *targets: str) -> Path:
+    """Builds the targets (all where none is named) in a folder that is kept: a second run compiles what has changed."""
+    folder = ROOT / "build" / f"native-{kind}"
+    sanitizer = "" if kind == "plain" else kind
+    tools = Path(sys.executable).parent
+    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
+    cmake = shutil.which("cmake", path=path)
+    assert cmake, "no cmake on the PATH or beside this Python; run scripts/setup"
+    options = ["-DELASTICKV_BINDINGS=OFF", "-DELASTICKV_NATIVE_TESTS=ON", f"-DELASTICKV_SANITIZE={sanitizer}"]
+    if sanitizer:  # reports are easier to read, and compiling takes half as long
+        options.append("-DCMAKE_CXX_FLAGS_RELEASE=-O1")
+    run_native([cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", *options], BUILD_S, PATH=path)
+    chosen = ["--target", *targets] if targets else []
+    run_native([cmake, "--build", str(folder), "--parallel", str(os.cpu_count() or 1), *chosen], BUILD_S, PATH=path)
+    return folder
+
+
+def standin_libraries(folder: Path) -> Path:
+    """Puts libcuda.so.1 and libnvidia-ml.so.1 into the folder, for LD_LIBRARY_PATH, and returns it."""
+    built = build("plain", "standin_cuda", "standin_nvml")
+    for name, library in (("libcuda.so.1", "libstandin_cuda.so"), ("libnvidia-ml.so.1", "libstandin_nvml.so")):
+        (folder / name).symlink_to(built / library)
+    return folder
