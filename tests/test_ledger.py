@@ -260,7 +260,11 @@ def test_a_forked_child_is_no_member(ledger: _core.Ledger) -> None:
 
 
 def test_unknown_faults_are_refused() -> None:
-    with pytest.raises(InvalidArgument, match="'explode' is no fault: kill, delay or fail"):
+    with pytest.raises(InvalidArgument, match="'explode' is no fault: kill, stop, delay or fail"):
         _core.set_fault("ledger.lease.locked", "explode")
+    with pytest.raises(InvalidArgument, match=r"no fault point 'ledger\.lease\.lost'; docs/faults\.md lists them"):
+        _core.set_fault("ledger.lease.lost", "kill")
+    with pytest.raises(InvalidArgument, match=r"at fault point 'ledger\.lease\.locked' cannot fail"):
+        _core.set_fault("ledger.lease.locked", "fail")
     _core.set_fault("ledger.lease.locked", "delay", 0, 10)
     _core.clear_faults()

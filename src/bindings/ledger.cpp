@@ -195,18 +195,33 @@ void bind_faults(nb::module_ &module) {
         "set_fault",
         [](const std::string &name, const std::string &action, std::uint64_t after, std::uint64_t delay_us) {
             const auto known = action == "kill"    ? fault::Action::kill
+                               : action == "stop"  ? fault::Action::stop
                                : action == "delay" ? fault::Action::delay
                                                    : fault::Action::fail;
-            if (action != "kill" && action != "delay" && action != "fail") {
-                raise({Code::invalid, "'" + action + "' is no fault: kill, delay or fail"});
-            }
-            if (!fault::set(name.c_str(), known, after, delay_us)) {
-                raise({Code::invalid, "cannot set fault point '" + name + "': too many are set, or the name is long"});
-            }
+            if (known == fault::Action::fail && action != "fail")
+                raise({Code::invalid, "'" + action + "' is no fault: kill, stop, delay or fail"});
+            const fault::Setting done = fault::set(name, known, after, delay_us);
+            if (done == fault::Setting::unknown)
+                raise({Code::invalid, "there is no fault point '" + name + "'; docs/faults.md lists them"});
+            if (done == fault::Setting::cannot_fail)
+                raise({Code::invalid, "the step at fault point '" + name + "' cannot fail; kill, stop or delay there"});
         },
         nb::arg("name"), nb::arg("action"), nb::arg("after") = 0, nb::arg("delay_us") = 0,
         "For tests: what happens in this process at a named point of the core, after it was passed `after` times.");
     module.def("clear_faults", &fault::clear);
+    module.def(
+        "fault_passes", [](const std::string &name) { return fault::passes(name); }, nb::arg("name"),
+        "How often the point was passed since it was set.");
+    module.def(
+        "fault_points",
+        [] {
+            nb::list all;
+            for (const fault::PointInfo &one : fault::kPoints)
+                all.append(nb::make_tuple(std::string(one.name), one.can_fail, std::string(one.what)));
+            return all;
+        },
+        nb::sig("def fault_points() -> list[tuple[str, bool, str]]"),
+        "Every fault point: its name, whether it can fail, and what it stands before or after.");
 }
 
 }  // namespace

@@ -108,7 +108,7 @@ TEST("ledger death: killed at every named point, 20 times over, nothing stays be
                     });
                     (void)dead.wait();
                 }
-                fault::set(point, fault::Action::kill, after);
+                (void)fault::set(point, fault::Action::kill, after);
                 work(directory, "victim");
             });
             CHECK_EQ(child.wait(), 1000 + SIGKILL);
@@ -294,18 +294,20 @@ TEST("ledger death: waiting for a limit ends when the tenant dies") {
 }
 
 TEST("ledger death: fault points count, fail once, delay") {
-    CHECK(!fault::point("test.point"));
-    CHECK(fault::set("test.point", fault::Action::fail, 2));
-    CHECK(fault::set("test.slow", fault::Action::delay, 0, 5000));
-    CHECK(!fault::point("test.point"));
-    CHECK(!fault::point("test.point"));
-    CHECK(fault::point("test.point"));
-    CHECK(!fault::point("test.point"));
-    CHECK_EQ(fault::passes("test.point"), 4U);
+    CHECK(!fault::point("files.open"));
+    CHECK(fault::set("files.open", fault::Action::fail, 2) == fault::Setting::done);
+    CHECK(fault::set("ledger.give.done", fault::Action::delay, 0, 5000) == fault::Setting::done);
+    CHECK(fault::set("ledger.give.done", fault::Action::fail, 0) == fault::Setting::cannot_fail);
+    CHECK(fault::set("no.such.point", fault::Action::kill, 0) == fault::Setting::unknown);
+    CHECK(!fault::point("files.open"));
+    CHECK(!fault::point("files.open"));
+    CHECK(fault::point("files.open"));
+    CHECK(!fault::point("files.open"));
+    CHECK_EQ(fault::passes("files.open"), 4U);
     const std::uint64_t start = now_ms();
-    CHECK(!fault::point("test.slow"));
+    CHECK(!fault::point("ledger.give.done"));
     CHECK(now_ms() - start >= 4);
     fault::clear();
-    CHECK(!fault::point("test.point"));
-    CHECK_EQ(fault::passes("test.point"), 0U);
+    CHECK(!fault::point("files.open"));
+    CHECK_EQ(fault::passes("files.open"), 0U);
 }

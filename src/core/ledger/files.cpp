@@ -7,6 +7,7 @@
 
 #include <cerrno>
 
+#include "base/faultpoint.hpp"
 #include "ledger/alive.hpp"
 #include "ledger/clock.hpp"
 #include "ledger/text.hpp"
@@ -80,6 +81,7 @@ Status PrivateDirectory::check_file(const std::string &name, int fd) const {
 }
 
 Result<UniqueFd> PrivateDirectory::open_file(const std::string &name) const {
+    if (fault::point("files.open")) return system_error("cannot open '" + file_path(name) + "'", EMFILE);
     UniqueFd fd{openat(fd_.get(), name.c_str(), O_RDWR | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK)};
     if (fd.get() < 0) {
         if (errno == ELOOP) {
@@ -92,6 +94,7 @@ Result<UniqueFd> PrivateDirectory::open_file(const std::string &name) const {
 }
 
 Result<UniqueFd> PrivateDirectory::open_or_create(const std::string &name) const {
+    if (fault::point("files.create")) return system_error("cannot create '" + file_path(name) + "'", ENOSPC);
     const int made = openat(fd_.get(), name.c_str(), O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
     if (made < 0) {
         if (errno != EEXIST) return system_error("cannot create '" + file_path(name) + "'", errno);
@@ -108,6 +111,7 @@ Result<UniqueFd> PrivateDirectory::create_new(const std::string &name, std::uint
     const std::string what = "cannot create '" + file_path(name) + "' of " + human_bytes(bytes);
     if (fd.get() < 0) return system_error(what, errno);
     int error = fchmod(fd.get(), 0600) == 0 ? 0 : errno;
+    if (fault::point("files.allocate")) error = ENOSPC;
     if (error == 0) error = posix_fallocate(fd.get(), 0, static_cast<off_t>(bytes));
     if (error != 0) {
         unlink(name);
@@ -155,8 +159,9 @@ Result<std::unique_ptr<GuardedFd>> DirectoryLock::take(const PrivateDirectory &d
     auto guarded = std::make_unique<GuardedFd>(opened->take());
     const std::uint64_t until = now_ns() + deadline_ms * 1000000;
     std::uint64_t pause_us = 200;
+    const bool denied = fault::point("files.lock");
     while (true) {
-        const Status locked = lock_byte(guarded->get(), 0);
+        const Status locked = denied ? Status{Code::exists, "injected"} : lock_byte(guarded->get(), 0);
         if (locked.ok()) return guarded;
         if (locked.code() != Code::exists) return locked;
         if (now_ns() >= until) {

@@ -37,12 +37,13 @@ std::uint64_t amount(const Word &word) noexcept { return std::min(get(word), kMa
 TableGuard::~TableGuard() {
     if (table_ == nullptr) return;
     table_->header().owner_pid.store(0, std::memory_order_relaxed);
+    (void)fault::point("ledger.lock.release");
     pthread_mutex_unlock(&table_->header().mutex);
 }
 
 Result<TableGuard> Table::lock(const char *doing) {
     pthread_mutex_t *mutex = &header().mutex;
-    int error = pthread_mutex_trylock(mutex);
+    int error = fault::point("ledger.lock.wait") ? ETIMEDOUT : pthread_mutex_trylock(mutex);
     if (error == EBUSY) error = lock_until(mutex, now_ns() + deadline_ms_ * 1'000'000);
     if (error == ETIMEDOUT) {
         const std::uint64_t pid = get(header().owner_pid);
@@ -57,6 +58,7 @@ Result<TableGuard> Table::lock(const char *doing) {
     // At once: there is nothing to undo (see repair), and a second death in here would only bring the next one here.
     if (error == EOWNERDEAD) pthread_mutex_consistent(mutex);
     TableGuard guard{*this};
+    (void)fault::point("ledger.lock.taken");
     header().owner_pid.store(own_pid(), std::memory_order_relaxed);
     if (error == EOWNERDEAD) repair();
     return guard;
@@ -65,6 +67,7 @@ Result<TableGuard> Table::lock(const char *doing) {
 // The owner died inside. Every write is a single word that means something by itself, so there is nothing to undo:
 // its own row goes with the dead, and what else it was changing is either done or not.
 void Table::repair() {
+    (void)fault::point("ledger.lock.repair");
     header().repairs.fetch_add(1, std::memory_order_relaxed);
     reap();
     for (int slot = 0; slot < kMaxTenants; ++slot) {

@@ -155,6 +155,7 @@ Result<bool> Table::try_map() {
         return Status{Code::corrupt, "'" + path_ + "' has a damaged capacity word (found " + human_bytes(bytes) +
                                          " with wrong check bits)" + kRemedy};
     }
+    (void)fault::point("ledger.open.mapped");
     return true;
 }
 
@@ -227,8 +228,9 @@ Status Table::publish_new(std::uint64_t capacity, bool replace) {
     file->header.capacity.store(pack_capacity(capacity), std::memory_order_relaxed);
     file->header.constant = expected_header();
     munmap(mapped, sizeof(File));
-    (void)fault::point("ledger.create.before_publish");
+    if (fault::point("ledger.create.before_publish")) status = system_error("cannot link '" + path_ + "'", EACCES);
     if (status.ok()) status = replace ? directory_.rename(name, file_name()) : directory_.link(name, file_name());
+    (void)fault::point("ledger.create.published");
     directory_.unlink(name);  // after a rename there is nothing left under this name
     return status;
 }

@@ -192,6 +192,7 @@ std::uint64_t TableLedger::write_row(const TenantOptions &options, int slot) {
     const std::uint64_t incarnation = header.incarnations.fetch_add(1, std::memory_order_relaxed) + 1;
     (void)fault::point("ledger.join.written");
     row.incarnation.store(incarnation, std::memory_order_release);
+    (void)fault::point("ledger.join.done");
     return incarnation;
 }
 
@@ -234,6 +235,7 @@ Result<std::unique_ptr<Tenant>> TableLedger::attach(int slot, std::uint64_t inca
         const Status status = lock_byte((*fd)->get(), alive_byte(slot, member));
         if (status.code() == Code::exists) continue;
         if (!status.ok()) return status;
+        (void)fault::point("ledger.attach.locked");
         put(table_->row(slot).mapped[static_cast<std::size_t>(member)], 0);
         return std::unique_ptr<Tenant>(std::make_unique<TableTenant>(shared_from_this(), *table_, std::move(fd).value(),
                                                                      slot, member, incarnation));

@@ -45,9 +45,11 @@ void TableTenant::leave() noexcept {
     // Others of this process may be inside a call; each of them ends within the ledger's deadline.
     while (inside_.load() != 0) sched_yield();
     Result<TableGuard> guard = table_.lock("leaving the ledger");
+    (void)fault::point("ledger.leave.locked");
     put(row().mapped[static_cast<std::size_t>(member_)], 0);
     unlock_byte(fd_->get(), alive_byte(slot_, member_));
     fd_->close();
+    (void)fault::point("ledger.leave.unlocked");
     // Without the mutex the row stays as it is, and the next one who looks finds nobody behind it.
     if (guard.ok() && !slot_alive(table_.alive_fd(), slot_)) {
         table_.bury(slot_);
@@ -77,6 +79,7 @@ Status TableTenant::take(Word &word, std::uint64_t bytes, bool ring) {
     const Entry entry(*this);
     if (!entry.ours()) return not_ours();
     if (bytes == 0) return {};
+    if (fault::point("ledger.lease.begin")) return {Code::unavailable, "an injected refusal; ask again later"};
     policy::Snapshot snapshot;
     policy::Verdict verdict = policy::Verdict::grant;
     {
@@ -205,6 +208,7 @@ void TableTenant::answered() noexcept {
 void TableTenant::give_back(Word &word, std::uint64_t bytes) noexcept {
     const Entry entry(*this);
     if (!entry.ours() || bytes == 0) return;
+    (void)fault::point("ledger.give.begin");
     subtract(word, bytes);
     (void)fault::point("ledger.give.done");
     table_.ring_freed();
@@ -277,6 +281,7 @@ void TableTenant::acknowledge_limit(const Limit &limit) noexcept {
         const std::uint64_t wanted = limit_wanted().revision;
         if (limit.revision <= limit_held().revision || limit.revision > wanted) return;
         row().limit_held.store(limit);
+        (void)fault::point("ledger.limit.held");
     }
     futex_ring(table_.header().limits);
 }

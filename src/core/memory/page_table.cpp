@@ -9,6 +9,7 @@
 #include <cerrno>
 #include <cstring>
 
+#include "base/faultpoint.hpp"
 #include "base/futex.hpp"
 
 namespace elastickv {
@@ -45,7 +46,8 @@ Result<std::shared_ptr<PageTable>> PageTable::create(std::uint64_t pages, std::u
     table->owner_ = true;
     table->file_ = memfd_create("elastickv-pages", MFD_CLOEXEC);
     if (table->file_ < 0) return failed("memfd_create of", "the page table");
-    if (ftruncate(table->file_, static_cast<off_t>(table->bytes_)) != 0)
+    errno = ENOSPC;
+    if (fault::point("memory.table.create") || ftruncate(table->file_, static_cast<off_t>(table->bytes_)) != 0)
         return failed("ftruncate of", "the page table to " + std::to_string(table->bytes_) + " bytes");
     table->base_ = mmap(nullptr, table->bytes_, PROT_READ | PROT_WRITE, MAP_SHARED, table->file_, 0);
     if (table->base_ == MAP_FAILED) {
@@ -65,7 +67,8 @@ Result<std::shared_ptr<PageTable>> PageTable::create(std::uint64_t pages, std::u
 
 Result<std::shared_ptr<PageTable>> PageTable::open(const std::string &path, std::uint64_t incarnation) {
     std::shared_ptr<PageTable> table(new PageTable);
-    table->file_ = ::open(path.c_str(), O_RDWR | O_CLOEXEC);
+    errno = ENOENT;
+    if (!fault::point("memory.table.open")) table->file_ = ::open(path.c_str(), O_RDWR | O_CLOEXEC);
     if (table->file_ < 0) return failed("opening the scheduler's page table", path);
     struct stat info{};
     if (fstat(table->file_, &info) != 0) return failed("fstat of the page table", path);
@@ -121,9 +124,11 @@ std::string PageTable::path() const { return "/proc/" + std::to_string(getpid())
 void PageTable::order(std::uint64_t page, const Wanted &wanted, std::uint64_t ticket) noexcept {
     tickets_[page].store(ticket, std::memory_order_relaxed);
     wanted_[page].store(wanted.pack(), std::memory_order_release);
+    (void)fault::point("memory.order.written");
     const std::uint64_t tail = header_->ring_tail.load(std::memory_order_relaxed);
     ring_[tail & (header_->ring_size - 1)].store(static_cast<std::uint32_t>(page), std::memory_order_release);
     header_->ring_tail.store(tail + 1, std::memory_order_release);
+    (void)fault::point("memory.order.placed");
 }
 
 void PageTable::ring_ranks() noexcept { futex_ring(header_->order_bell); }

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstring>
 
+#include "base/faultpoint.hpp"
 #include "base/futex.hpp"
 
 namespace elastickv {
@@ -40,6 +41,7 @@ Result<std::unique_ptr<Rank>> Rank::attach(std::shared_ptr<Driver> driver, std::
         Reservation::make(rank->driver_, (options.spans - 1) * options.span_bytes + pages * options.page_bytes);
     if (!reserved.ok()) return reserved.status();
     rank->reservation_ = std::move(reserved).value();
+    (void)fault::point("memory.rank.reserved");
     std::uint32_t expected = static_cast<std::uint32_t>(RankState::absent);
     if (!rank->slot_.state.compare_exchange_strong(expected, static_cast<std::uint32_t>(RankState::attached)))
         return Status(Code::exists,
@@ -210,6 +212,7 @@ bool Rank::poll_fences() noexcept {
         if (!done.value()) return true;
         const std::uint64_t passed = slot_.fence_passed.load(std::memory_order_relaxed);
         slot_.fence_passed.store(std::max(passed, fences_.front().ticket), std::memory_order_release);
+        (void)fault::point("memory.fence.passed");
         fences_.pop_front();
     }
     return false;
@@ -235,10 +238,12 @@ bool Rank::retry_waiting() noexcept {
 Status Rank::map_pieces(std::uint32_t page, Extent &extent, std::vector<std::unique_ptr<Fence>> &clearing) {
     const std::uint64_t bytes = options_.page_bytes * extent.pages;
     extent.pieces.reserve(options_.spans);
+    if (fault::point("memory.map.begin")) return {Code::out_of_memory, "injected: the device has no memory"};
     for (std::uint64_t span = 0; span < options_.spans; ++span) {
         const Address address = address_of(page, span);
         auto memory = Physical::make(driver_, bytes);
         if (!memory.ok()) return memory.status();
+        if (fault::point("memory.map.created")) return {Code::driver, "injected: the mapping is refused"};
         std::unique_ptr<Fence> fence;
         auto mapping = Mapping::make(driver_, address, bytes, memory->id(), &fence);
         if (!mapping.ok()) return mapping.status();
@@ -268,6 +273,7 @@ void Rank::map_extent(std::uint32_t page, const Wanted &wanted) noexcept {
         answer(page, wanted.generation, So::failed);
         return;
     }
+    (void)fault::point("memory.map.mapped");
     const std::uint64_t bytes = extent_bytes(extent.pages);
     extents_.emplace(page, std::move(extent));
     slot_.mapped_bytes.fetch_add(bytes, std::memory_order_relaxed);
@@ -279,14 +285,17 @@ void Rank::map_extent(std::uint32_t page, const Wanted &wanted) noexcept {
         return;
     }
     answer(page, wanted.generation, So::mapped);
+    (void)fault::point("memory.map.answered");
 }
 
 void Rank::unmap_extent(std::uint32_t page, const Wanted &wanted) noexcept {
     const std::uint64_t start = monotonic_ns();
     const std::uint64_t bytes = extent_bytes(wanted.pages);
     if (const auto found = extents_.find(page); found != extents_.end()) {
+        const bool stuck = fault::point("memory.unmap.begin");
         for (auto &[memory, mapping] : found->second.pieces) {
-            Status status = mapping.close();
+            Status status = stuck ? Status{Code::driver, "injected: the driver does not let go"} : mapping.close();
+            (void)fault::point("memory.unmap.unmapped");
             if (status.ok()) status = memory.close();
             if (!status.ok()) {
                 // The driver would not let go: the page keeps its lease and is never used again.
@@ -302,7 +311,9 @@ void Rank::unmap_extent(std::uint32_t page, const Wanted &wanted) noexcept {
         hooks_.mapped(-static_cast<std::int64_t>(bytes));
     }
     // The answer goes first: a pool that sees the lease back must also see the page gone.
+    (void)fault::point("memory.unmap.released");
     answer(page, wanted.generation, So::unmapped);
+    (void)fault::point("memory.unmap.answered");
     hooks_.give(bytes);
 }
 

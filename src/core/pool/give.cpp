@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "base/faultpoint.hpp"
 #include "base/futex.hpp"
 #include "pool/pool.hpp"
 
@@ -34,6 +35,7 @@ void Pool::order_unmap(std::uint32_t head, bool fenced, std::uint64_t ticket) {
     usage_.transit += run.pages;
     transit_.push_back(head);
     table_->order(head, {++extent.generation, run.pages, false, fenced}, ticket);
+    (void)fault::point("pool.unmap.ordered");
 }
 
 // Orders empty extents unmapped until `pages` are on their way, keeping at least `keep` pages held.
@@ -73,6 +75,7 @@ std::uint64_t Pool::evict_extents(std::uint64_t pages, std::uint64_t keep, std::
             evicted.push_back(block);
             ++counters_.evicted;
         }
+        (void)fault::point("pool.evict.cleared");
         order_unmap(head, true, ticket);
         given += length;
     }

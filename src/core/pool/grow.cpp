@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 
+#include "base/faultpoint.hpp"
 #include "base/futex.hpp"
 #include "pool/pool.hpp"
 
@@ -75,9 +76,11 @@ void Pool::order_map(const Run &run) {
     usage_.transit += run.pages;
     transit_.push_back(run.first);
     table_->order(run.first, {extent.generation, run.pages, true, false}, 0);
+    (void)fault::point("pool.map.ordered");
 }
 
 void Pool::became_mapped(std::uint32_t head) {
+    (void)fault::point("pool.map.settled");
     Extent &extent = extents_[head];
     const Run run{head, extent.pages};
     extent.stage = Stage::mapped;
@@ -102,6 +105,7 @@ void Pool::became_mapped(std::uint32_t head) {
 
 // The lease is not ours to return: each rank gave its share back when it let go.
 void Pool::became_absent(std::uint32_t head) {
+    (void)fault::point("pool.unmap.settled");
     Extent &extent = extents_[head];
     const std::uint32_t pages = extent.pages;
     usage_.transit -= pages;
@@ -174,6 +178,10 @@ void Pool::poll() {
 
 // Leases and orders what `shortfall` blocks need, whole or not at all.
 bool Pool::grow(std::uint32_t shortfall, bool ring, Status *why) {
+    if (fault::point("pool.grow.begin")) {
+        *why = {Code::unavailable, "injected: none now"};
+        return false;
+    }
     std::uint64_t refused = 0;
     // A neighbour is not asked for more than is needed, and a budget that is nearly used up is used up.
     for (const bool exact : {false, true}) {
@@ -187,6 +195,7 @@ bool Pool::grow(std::uint32_t shortfall, bool ring, Status *why) {
         if (pages == refused) return false;
         *why = leases_.lease(pages, ring);
         if (why->ok()) {
+            (void)fault::point("pool.grow.leased");
             for (const Run &run : runs) order_map(run);
             table_->ring_ranks();
             return true;

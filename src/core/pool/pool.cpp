@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "base/faultpoint.hpp"
 #include "base/futex.hpp"
 
 namespace elastickv {
@@ -163,6 +164,7 @@ void Pool::take_locked(std::span<std::uint32_t> out, std::uint32_t *evicted) noe
         set_state(id, BlockState::used);
     }
     counters_.evicted += *evicted;
+    (void)fault::point("pool.take.done");
     mark_active();
     publish();
 }
@@ -200,6 +202,7 @@ Status Pool::release(std::span<const std::uint32_t> ids, bool cached) {
                                     : id == 0 ? "but is the null block"
                                               : "but is not in use")};
     }
+    (void)fault::point("pool.release.done");
     mark_active();
     publish();
     return {};
