@@ -1,4 +1,5 @@
-// How the pool gives back: empty extents first, the highest first; then extents that hold only cached blocks.
+// How the pool gives back: empty extents first, the highest first; then extents that hold only cached blocks
+// (evict.cpp).
 
 #include <algorithm>
 
@@ -49,35 +50,6 @@ std::uint64_t Pool::give_free(std::uint64_t pages, std::uint64_t keep, std::uint
             given += length;
         }
         head = empty_extents_.last_before(head);
-    }
-    return given;
-}
-
-// Evicts every cached block of extents that hold nothing else, the longest unused extent first.
-std::uint64_t Pool::evict_extents(std::uint64_t pages, std::uint64_t keep, std::uint64_t ticket,
-                                  std::vector<std::uint32_t> &evicted) {
-    std::vector<std::uint32_t> heads;
-    for (std::uint64_t head = heads_.first(); head != Bitmap::npos; head = heads_.first_from(head + 1)) {
-        const Extent &extent = extents_[head];
-        if (extent.stage == Stage::mapped && extent.used == 0 && extent.cached != 0)
-            heads.push_back(static_cast<std::uint32_t>(head));
-    }
-    std::sort(heads.begin(), heads.end(),
-              [this](std::uint32_t a, std::uint32_t b) { return extents_[a].last_use < extents_[b].last_use; });
-    std::uint64_t given = 0;
-    for (const std::uint32_t head : heads) {
-        if (given >= pages) break;
-        const std::uint32_t length = extents_[head].pages;
-        if (held_pages_ < keep + length) continue;
-        for (std::uint32_t block = first_block(head); block <= last_block(head + length - 1); ++block) {
-            if (state_[block] != BlockState::cached) continue;
-            set_state(block, BlockState::free);
-            evicted.push_back(block);
-            ++counters_.evicted;
-        }
-        (void)fault::point("pool.evict.cleared");
-        order_unmap(head, true, ticket);
-        given += length;
     }
     return given;
 }

@@ -62,7 +62,7 @@ std::vector<Pool::Run> Pool::plan(std::uint32_t blocks, std::uint64_t most_pages
 
 void Pool::order_map(const Run &run) {
     Extent &extent = extents_[run.first];
-    extent = {run.pages, 0, 0, extent.generation + 1, Stage::mapping, ++ticks_};
+    extent = {run.pages, 0, 0, extent.generation + 1, Stage::mapping, 0};
     heads_.insert(run.first);
     for (std::uint32_t page = run.first; page < run.first + run.pages; ++page) {
         absent_pages_.erase(page);

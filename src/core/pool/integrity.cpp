@@ -61,6 +61,9 @@ Status Pool::check_extents() const {
             return broken("the extent at page " + std::to_string(head) + " is leaving with blocks on it");
         if (empty_extents_.contains(head) != (mapped && used == 0 && cached == 0))
             return broken("the extent at page " + std::to_string(head) + " and the set of empty extents");
+        const bool evictable = mapped && used == 0 && cached != 0;
+        if (evictable_.contains(first) != evictable || (evictable && extent.thin != thinness(extent)))
+            return broken("the extent at page " + std::to_string(head) + " and the order of eviction");
         covered += extent.pages;
         if (mapped || extent.stage == Stage::mapping) held += extent.pages;
         if (extent.stage == Stage::lost || used != 0)

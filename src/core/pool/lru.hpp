@@ -1,4 +1,5 @@
-// Least-recently-used order of block ids: a doubly linked list in two arrays; every operation is O(1).
+// Least-recently-used order of small integers, in one list or several: doubly linked in two arrays; every operation is
+// O(1).
 #pragma once
 
 #include <cstdint>
@@ -10,23 +11,18 @@ class Lru {
   public:
     static constexpr std::uint32_t npos = ~std::uint32_t{0};
 
-    explicit Lru(std::uint32_t size = 0) : next_(size + 1U, npos), previous_(size + 1U, npos), end_(size) {
-        next_[end_] = previous_[end_] = end_;
+    explicit Lru(std::uint32_t size = 0, std::uint32_t lists = 1)
+        : next_(size + lists, npos), previous_(size + lists, npos), ends_(size) {
+        for (std::uint32_t end = ends_; end < ends_ + lists; ++end) next_[end] = previous_[end] = end;
     }
 
     std::uint32_t count() const noexcept { return count_; }
-    std::uint32_t oldest() const noexcept { return next_[end_] == end_ ? npos : next_[end_]; }
-    std::uint32_t after(std::uint32_t id) const noexcept { return next_[id] == end_ ? npos : next_[id]; }
+    std::uint32_t oldest(std::uint32_t list = 0) const noexcept { return after(ends_ + list); }
+    std::uint32_t after(std::uint32_t id) const noexcept { return next_[id] >= ends_ ? npos : next_[id]; }
     bool contains(std::uint32_t id) const noexcept { return next_[id] != npos; }
 
-    void push_newest(std::uint32_t id) noexcept {
-        const std::uint32_t last = previous_[end_];
-        next_[last] = id;
-        previous_[id] = last;
-        next_[id] = end_;
-        previous_[end_] = id;
-        ++count_;
-    }
+    void push_newest(std::uint32_t id, std::uint32_t list = 0) noexcept { link(id, ends_ + list); }
+    void push_oldest(std::uint32_t id, std::uint32_t list = 0) noexcept { link(id, next_[ends_ + list]); }
 
     void remove(std::uint32_t id) noexcept {
         next_[previous_[id]] = next_[id];
@@ -36,8 +32,17 @@ class Lru {
     }
 
   private:
+    void link(std::uint32_t id, std::uint32_t before) noexcept {
+        const std::uint32_t last = previous_[before];
+        next_[last] = id;
+        previous_[id] = last;
+        next_[id] = before;
+        previous_[before] = id;
+        ++count_;
+    }
+
     std::vector<std::uint32_t> next_, previous_;
-    std::uint32_t end_;  // the sentinel's index
+    std::uint32_t ends_;  // index of the first list's sentinel; those of the others follow
     std::uint32_t count_ = 0;
 };
 

@@ -66,7 +66,8 @@ Pool::Pool(std::shared_ptr<PageTable> table, std::vector<Leases::Share> shares, 
       head_of_(num_pages_),
       absent_pages_(num_pages_),
       empty_extents_(num_pages_),
-      heads_(num_pages_) {
+      heads_(num_pages_),
+      evictable_(num_pages_, kThinnessClasses) {
     for (std::uint32_t block = 0; block < options.num_blocks; ++block)
         missing_[block] = unready_[block] = static_cast<std::uint16_t>(last_page(block) - first_page(block) + 1);
     for (std::uint32_t page = 0; page < num_pages_; ++page) absent_pages_.insert(page);
@@ -92,16 +93,7 @@ std::uint32_t Pool::pages_of_block_in(std::uint32_t block, const Run &run) const
     return high - low + 1;
 }
 
-// Which of used, cached and free the pages of a mapped extent count as; one used block makes the extent used.
-void Pool::reclass(std::uint32_t head) noexcept {
-    const Extent &extent = extents_[head];
-    const bool empty = extent.used == 0 && extent.cached == 0;
-    if (extent.stage == Stage::mapped && empty)
-        empty_extents_.insert(head);
-    else
-        empty_extents_.erase(head);
-}
-
+// The pages of a mapped extent count as used, cached or free; one used block makes the extent used.
 void Pool::count_on_extents(std::uint32_t block, BlockState state, int delta) noexcept {
     const std::uint32_t last = last_page(block);
     for (std::uint32_t page = first_page(block); page <= last;) {
@@ -113,8 +105,7 @@ void Pool::count_on_extents(std::uint32_t block, BlockState state, int delta) no
         count = static_cast<std::uint32_t>(static_cast<int>(count) + delta);
         auto &now = extent.used != 0 ? usage_.used : extent.cached != 0 ? usage_.cached : usage_.free;
         now += extent.pages;
-        if (&now != &bucket) reclass(head);
-        if (delta > 0) extent.last_use = ++ticks_;
+        if (&now != &bucket || extent.used == 0) reclass(head);
         page = head + extent.pages;
     }
 }

@@ -98,7 +98,7 @@ class Pool {
         std::uint32_t used = 0, cached = 0;  // blocks of the state that lie on it, whole or in part
         std::uint32_t generation = 0;
         Stage stage = Stage::none;
-        std::uint64_t last_use = 0;
+        std::uint8_t thin = 0;  // its list in evictable_
     };
     struct Run {
         std::uint32_t first = 0, pages = 0;
@@ -122,7 +122,6 @@ class Pool {
     // block states (pool.cpp)
     void set_state(std::uint32_t block, BlockState to) noexcept;
     void count_on_extents(std::uint32_t block, BlockState state, int delta) noexcept;
-    void reclass(std::uint32_t head) noexcept;
     void publish() noexcept;
     void take_locked(std::span<std::uint32_t> out, std::uint32_t *evicted) noexcept;
 
@@ -146,11 +145,17 @@ class Pool {
     // giving back (give.cpp)
     void order_unmap(std::uint32_t head, bool fenced, std::uint64_t ticket);
     std::uint64_t give_free(std::uint64_t pages, std::uint64_t keep, std::uint64_t ticket);
-    std::uint64_t evict_extents(std::uint64_t pages, std::uint64_t keep, std::uint64_t ticket,
-                                std::vector<std::uint32_t> &evicted);
-
     void ordered(std::uint64_t given, std::uint64_t ticket, std::uint64_t now) noexcept;
     void answer_with_free();
+
+    // evicting (evict.cpp)
+    static constexpr std::uint32_t kThinnessClasses = 8;
+    std::uint32_t thinness(const Extent &extent) const noexcept;
+    void reclass(std::uint32_t head) noexcept;
+    std::uint32_t next_to_empty(std::uint64_t keep) const noexcept;
+    void empty_extent(std::uint32_t head, std::vector<std::uint32_t> &evicted);
+    std::uint64_t evict_extents(std::uint64_t pages, std::uint64_t keep, std::uint64_t ticket,
+                                std::vector<std::uint32_t> &evicted);
 
     Status check_blocks() const;
     Status check_extents() const;
@@ -169,12 +174,13 @@ class Pool {
     std::vector<Extent> extents_;         // by first page
     std::vector<std::uint32_t> head_of_;  // by page; valid while the page is in an extent
     Bitmap absent_pages_, empty_extents_, heads_;
+    Lru evictable_;                       // heads of extents with cached blocks and no used ones, by thinness
     std::vector<std::uint32_t> transit_;  // heads whose order is not answered yet
     std::uint32_t answers_seen_ = 0;
     std::uint32_t coming_ = 0;      // blocks whose pages are all mapped or ordered, not all mapped
     std::uint64_t held_pages_ = 0;  // mapping or mapped
     PageUsage usage_;
-    std::uint64_t ticks_ = 0, last_stock_miss_ns_ = 0;
+    std::uint64_t last_stock_miss_ns_ = 0;
     std::uint64_t released_free_for_ = 0, released_cache_for_ = 0;  // the activity after which the idle clock released
     std::uint64_t lost_pages_ = 0, map_failures_ = 0, grown_ = 0, returned_ = 0;
     Counters counters_;
