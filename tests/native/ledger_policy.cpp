@@ -220,6 +220,30 @@ TEST("ledger policy: an unmet floor is asked back as soon as its owner wants it"
     CHECK_EQ(asks(s)[0].cached, 20 * MiB);
 }
 
+TEST("ledger policy: what outsiders take above the capacity is asked back although nobody waits") {
+    Snapshot s = world(100);
+    add(s, 60, 30, 10);
+    add(s, 30, 5).floor = 28 * MiB;
+    s.unmanaged = 10 * MiB;
+    CHECK_EQ(asks(s)[0].mapped_free + asks(s)[0].cached, 0U);
+    s.unmanaged = 15 * MiB;
+    CHECK_EQ(asks(s)[0].mapped_free, 5 * MiB);
+    s.unmanaged = 45 * MiB;  // 35 too many
+    Asks a = asks(s);
+    CHECK_EQ(a[0].mapped_free, 10 * MiB);
+    CHECK_EQ(a[0].cached, 25 * MiB);
+    CHECK_EQ(a[1].cached, 0U);
+    s.unmanaged = 60 * MiB;  // 50 too many: all that is cached above the floors, the rest as it becomes free
+    a = asks(s);
+    CHECK_EQ(a[0].cached, 30 * MiB);
+    CHECK_EQ(a[1].cached, 2 * MiB);
+    CHECK_EQ(a[0].as_freed + a[1].as_freed, 8 * MiB);
+    CHECK(decide(s, 0, 1) == Verdict::capacity);
+    demand(s.claims[0], 3, 1);  // a waiting one does not make the others give more than it and the device lack
+    a = asks(s);
+    CHECK_EQ(a[0].mapped_free + a[0].cached + a[0].as_freed + a[1].cached + a[1].as_freed, 50 * MiB);
+}
+
 namespace {
 
 Snapshot random_snapshot(std::mt19937_64 &random) {
@@ -254,6 +278,7 @@ Snapshot random_snapshot(std::mt19937_64 &random) {
         }
         if (random() % 8 == 0) claim.ask_open_ns = kNow - upto(2 * kAnswerNs);
     }
+    if (random() % 3 == 0) s.unmanaged += upto(s.capacity / 2);  // outsiders have grown
     return s;
 }
 
@@ -277,14 +302,21 @@ void check_grants(const Snapshot &s, int index, std::uint64_t bytes) {
 
 void check_asks(const Snapshot &s) {
     const Asks a = asks(s);
-    std::int64_t need = s.count > 0 ? -i64(s.capacity) + i64(s.unmanaged) : 0;
+    std::int64_t need = -i64(s.capacity) + i64(s.unmanaged), excess = need;
+    std::int64_t givable = 0;
     int waiting = 0;
+    bool silence = false;
     for (int i = 0; i < s.count; ++i) {
         const Claim &claim = s.claims[static_cast<std::size_t>(i)];
         const bool waits = demand_alive(claim, s.now_ns);
         waiting += waits ? 1 : 0;
         need += i64(std::max(claim.held() + (waits ? claim.demand : 0), std::max(claim.held(), claim.floor)));
+        excess += i64(claim.held());
+        const std::uint64_t lent = claim.held() > claim.floor ? claim.held() - claim.floor : 0;
+        givable += i64(std::min({claim.cached + claim.mapped_free, lent, claim.leased}));
+        silence = silence || (claim.ask_open_ns != 0 && s.now_ns > claim.ask_open_ns + kAnswerNs);
     }
+    excess = std::max<std::int64_t>(0, excess);
     std::int64_t asked = 0;
     for (int i = 0; i < s.count; ++i) {
         const Claim &claim = s.claims[static_cast<std::size_t>(i)];
@@ -297,11 +329,12 @@ void check_asks(const Snapshot &s) {
         CHECK(sum <= claim.leased);
         CHECK(sum == 0 || claim.held() - sum >= claim.floor);
         const bool alone = waiting == 0 || (waiting == 1 && demand_alive(claim, s.now_ns));
-        if (alone) CHECK_EQ(sum, 0U);
+        if (alone) CHECK(i64(sum) <= excess);
         if (claim.ask_open_ns != 0 && s.now_ns > claim.ask_open_ns + kAnswerNs) CHECK_EQ(sum, 0U);
         CHECK_EQ(ask.over_limit, claim.limit < claim.held() ? claim.held() - claim.limit : 0U);
     }
     CHECK(asked <= std::max<std::int64_t>(0, need));
+    if (!silence) CHECK(asked >= std::min(excess, givable));  // outsiders' bytes are made room for
     const Asks again = asks(s);
     for (std::size_t i = 0; i < a.size(); ++i) {
         CHECK(a[i].mapped_free == again[i].mapped_free && a[i].cached == again[i].cached &&

@@ -53,6 +53,7 @@ struct World {
     Bytes spare = 0;        // capacity less unmanaged, held and all unmet floors; may be negative
     Bytes wanted = 0;       // sum of `beyond`
     Bytes reclaimable = 0;  // of all
+    Bytes excess = 0;       // held and unmanaged bytes above the capacity
 };
 
 void fill_shares(const Snapshot &snapshot, World &world) noexcept {
@@ -97,6 +98,7 @@ void fill_demand(const Snapshot &snapshot, int index, Figures &figures) noexcept
 World survey(const Snapshot &snapshot) noexcept {
     World world;
     world.spare = signed_bytes(snapshot.capacity) - signed_bytes(snapshot.unmanaged);
+    Bytes held = 0;
     for (int i = 0; i < snapshot.count; ++i) {
         const Claim &claim = snapshot.claims[static_cast<std::size_t>(i)];
         Figures &figures = world.of[static_cast<std::size_t>(i)];
@@ -106,9 +108,11 @@ World survey(const Snapshot &snapshot) noexcept {
                                         above(figures.held, signed_bytes(claim.floor)), signed_bytes(claim.leased)});
         fill_demand(snapshot, i, figures);
         world.spare -= figures.held + figures.unmet;
+        held += figures.held;
         world.wanted += figures.beyond;
         world.reclaimable += figures.reclaimable;
     }
+    world.excess = above(held + signed_bytes(snapshot.unmanaged), signed_bytes(snapshot.capacity));
     fill_shares(snapshot, world);
     return world;
 }
@@ -248,7 +252,7 @@ void take_as_freed(Taking &taking) noexcept {
     taking.proportionally(available, taking.freed_later);
 }
 
-// What is asked of one tenant is at most what the others lack without its own demand.
+// What is asked of one tenant is at most what the others and the device lack without its own demand.
 Ask asked_of(const Taking &taking, std::size_t at) noexcept {
     const Bytes others = taking.world.wanted - taking.world.of[at].beyond;
     bool others_wait = false;
@@ -256,7 +260,7 @@ Ask asked_of(const Taking &taking, std::size_t at) noexcept {
         const auto j = static_cast<std::size_t>(i);
         others_wait = others_wait || (j != at && taking.world.of[j].want > 0);
     }
-    Bytes most = others_wait ? above(others, taking.world.spare) : 0;
+    Bytes most = std::max(others_wait ? above(others, taking.world.spare) : 0, taking.world.excess);
     Ask ask;
     const auto part = [&most](Bytes amount) {
         const Bytes bytes = std::min(amount, most);
@@ -315,7 +319,7 @@ Asks asks(const Snapshot &snapshot) noexcept {
         taking.room[at] = std::min(above(figures.held, signed_bytes(claim.floor)), signed_bytes(claim.leased));
         taking.above_share[at] = is_aged(claim, snapshot.now_ns) ? 0 : above(signed_bytes(claim.leased), figures.share);
     }
-    taking.need = anybody_waits ? above(world.wanted, world.spare) : 0;
+    taking.need = anybody_waits ? above(world.wanted, world.spare) : world.excess;
     take_mapped_free(taking);
     take_cached(taking);
     take_as_freed(taking);

@@ -17,8 +17,9 @@
 // has aged: otherwise bytes would lie idle for nobody. A demand that can never fit, or exceeds its tenant's limit, is
 // ignored.
 //
-// Giving back (asks). What the live demands and all unmet floors need beyond the free bytes is the deficit. It is
-// taken, never below anybody's floor: first from mapped free pages of tenants above their share, then from all other
+// Giving back (asks). What the live demands and all unmet floors need beyond the free bytes is the deficit; where
+// nobody waits, it is what held and unmanaged bytes are above the capacity: processes outside elastickv have grown. It
+// is taken, never below anybody's floor: first from mapped free pages of tenants above their share, then from all other
 // mapped free pages (both in proportion), then from cached pages: lower priority first; within a priority what lies
 // above the weighted share first, the furthest above first. What a tenant would have to take from itself is not asked
 // of it: dropping its own cache is its own next choice anyway. Used pages are never asked back; `as_freed` tells a
