@@ -315,6 +315,36 @@ TEST("ledger: memory of others narrows what can be leased") {
     CHECK(ledger->set_unmanaged(~std::uint64_t{0}).code() == Code::invalid);
 }
 
+TEST("ledger: outsiders who grow past the capacity ring those who can give") {
+    Directory directory;
+    auto ledger = open(directory, 8 * MiB);
+    auto a = join(ledger, "a");
+    auto b = join(ledger, "b");
+    CHECK_OK(a->lease(4 * MiB, false));
+    CHECK_OK(b->lease(2 * MiB, false));
+    Usage usage;
+    usage.cached = 4 * MiB;
+    a->publish(usage, {});
+    usage.cached = 0;
+    usage.used = 2 * MiB;
+    b->publish(usage, {});
+    const std::uint32_t bell_a = a->bell_word(), bell_b = b->bell_word();
+    CHECK_OK(ledger->set_unmanaged(2 * MiB));
+    CHECK(!a->pressed());
+    CHECK_EQ(a->bell_word(), bell_a);
+    CHECK_OK(ledger->set_unmanaged(5 * MiB));
+    CHECK(a->bell_word() != bell_a);
+    CHECK_EQ(b->bell_word(), bell_b);  // it has nothing to give
+    CHECK_EQ(a->ask().cached, 3 * MiB);
+    CHECK_EQ(b->ask().cached + b->ask().mapped_free, 0U);
+    for (int i = 0; i < 1000 && !a->pressed(); ++i) usleep(5'000);
+    CHECK(a->pressed());
+    a->give(3 * MiB);
+    for (int i = 0; i < 1000 && a->pressed(); ++i) usleep(5'000);
+    CHECK(!a->pressed());
+    CHECK_EQ(a->ask().cached, 0U);
+}
+
 TEST("ledger: asks are counted, and so is who answers late") {
     Directory directory;
     auto ledger = open(directory, 8 * MiB);

@@ -231,8 +231,8 @@ TEST("ledger policy: what outsiders take above the capacity is asked back althou
     s.unmanaged = 45 * MiB;  // 35 too many
     Asks a = asks(s);
     CHECK_EQ(a[0].mapped_free, 10 * MiB);
-    CHECK_EQ(a[0].cached, 25 * MiB);
-    CHECK_EQ(a[1].cached, 0U);
+    CHECK_EQ(a[0].cached + a[1].cached, 25 * MiB);
+    CHECK(a[0].cached >= 22 * MiB);  // it is far above its share
     s.unmanaged = 60 * MiB;  // 50 too many: all that is cached above the floors, the rest as it becomes free
     a = asks(s);
     CHECK_EQ(a[0].cached, 30 * MiB);

@@ -126,6 +126,16 @@ bool Table::anybody_died() noexcept {
     return false;
 }
 
+bool Table::over_capacity() noexcept {
+    const Result<std::uint64_t> bound = capacity();
+    if (!bound.ok()) return false;
+    std::uint64_t held = amount(header().unmanaged);
+    for (int slot = 0; slot < kMaxTenants; ++slot) {
+        if (lives(slot)) held += amount(row(slot).leased) + amount(row(slot).static_bytes);
+    }
+    return held > bound.value();
+}
+
 policy::Snapshot Table::snapshot(std::uint64_t capacity) {
     policy::Snapshot snapshot;
     snapshot.now_ns = now_ns();

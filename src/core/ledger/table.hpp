@@ -54,6 +54,8 @@ class Table {
     int reap();
     // No lock: does a row claim to live whose process is gone?
     bool anybody_died() noexcept;
+    // No lock: do tenants and outsiders together hold more than the capacity? A hint, the figures are read one by one.
+    bool over_capacity() noexcept;
     // Locked. Empties a row for good or for the restart of its name.
     void bury(int slot);
     // Locked. What the policy decides upon; clears expired marks of waiting on the way.

@@ -354,6 +354,19 @@ Status TableLedger::set_unmanaged(std::uint64_t bytes) {
         return {Code::invalid, human_bytes(bytes) + " held by others is above what a ledger counts"};
     const std::uint64_t before = table_->header().unmanaged.exchange(bytes, std::memory_order_relaxed);
     if (bytes < before) table_->ring_freed();
+    if (!table_->over_capacity()) return {};
+    Result<TableGuard> guard = table_->lock("making room for processes outside elastickv");
+    if (!guard.ok()) return guard.status();
+    table_->reap();
+    Result<std::uint64_t> capacity = table_->capacity();
+    if (!capacity.ok()) return capacity.status();
+    const policy::Snapshot snapshot = table_->snapshot(*capacity);
+    const policy::Asks asked = policy::asks(snapshot);
+    for (int i = 0; i < snapshot.count; ++i) {
+        const Ask &ask = asked[static_cast<std::size_t>(i)];
+        const int slot = snapshot.claims[static_cast<std::size_t>(i)].slot;
+        if (ask.mapped_free + ask.cached + ask.as_freed > 0) futex_ring(table_->row(slot).bell);
+    }
     return {};
 }
 

@@ -15,6 +15,7 @@ namespace elastickv::ledger {
 namespace {
 
 constexpr std::uint64_t kProbeSliceUs = 20'000;  // how often a wait looks whether somebody died
+constexpr std::uint64_t kExcessEveryNs = 10'000'000;
 
 std::uint64_t get(const Word &word) noexcept { return word.load(std::memory_order_relaxed); }
 void put(Word &word, std::uint64_t value) noexcept { word.store(value, std::memory_order_relaxed); }
@@ -255,6 +256,16 @@ Ask TableTenant::ask() {
     return policy::asks(snapshot)[static_cast<std::size_t>(index)];
 }
 
+// Looked at every few milliseconds only: it reads every row, and outsiders are measured twice a second.
+bool TableTenant::excess() noexcept {
+    const std::uint64_t now = coarse_ns();
+    if (now >= excess_again_ns_.load(std::memory_order_relaxed)) {
+        excess_again_ns_.store(now + kExcessEveryNs, std::memory_order_relaxed);
+        excess_.store(table_.over_capacity(), std::memory_order_relaxed);
+    }
+    return excess_.load(std::memory_order_relaxed);
+}
+
 bool TableTenant::pressed() noexcept {
     const Entry entry(*this);
     if (!entry.ours()) return false;
@@ -269,7 +280,7 @@ bool TableTenant::pressed() noexcept {
             if (policy::demand_alive(claim, now)) return true;
         }
     }
-    return limit_wanted().revision != limit_held().revision;
+    return limit_wanted().revision != limit_held().revision || excess();
 }
 
 void TableTenant::acknowledge_limit(const Limit &limit) noexcept {

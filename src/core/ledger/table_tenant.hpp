@@ -63,6 +63,7 @@ class TableTenant final : public Tenant {
         bool ours_;
     };
     Status not_ours() const;
+    bool excess() noexcept;
     void drop_demand() noexcept;
     Status take(Word &word, std::uint64_t bytes, bool ring);
     void give_back(Word &word, std::uint64_t bytes) noexcept;
@@ -81,6 +82,8 @@ class TableTenant final : public Tenant {
     std::uint64_t epoch_;
     std::atomic<bool> left_{false};
     std::atomic<int> inside_{0};
+    std::atomic<std::uint64_t> excess_again_ns_{0};  // when to look again whether the device is over its capacity
+    std::atomic<bool> excess_{false};
 };
 
 }  // namespace elastickv::ledger
