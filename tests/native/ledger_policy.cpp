@@ -233,7 +233,7 @@ TEST("ledger policy: what outsiders take above the capacity is asked back althou
     CHECK_EQ(a[0].mapped_free, 10 * MiB);
     CHECK_EQ(a[0].cached + a[1].cached, 25 * MiB);
     CHECK(a[0].cached >= 22 * MiB);  // it is far above its share
-    s.unmanaged = 60 * MiB;  // 50 too many: all that is cached above the floors, the rest as it becomes free
+    s.unmanaged = 60 * MiB;          // 50 too many: all that is cached above the floors, the rest as it becomes free
     a = asks(s);
     CHECK_EQ(a[0].cached, 30 * MiB);
     CHECK_EQ(a[1].cached, 2 * MiB);
@@ -313,7 +313,7 @@ void check_asks(const Snapshot &s) {
         need += i64(std::max(claim.held() + (waits ? claim.demand : 0), std::max(claim.held(), claim.floor)));
         excess += i64(claim.held());
         const std::uint64_t lent = claim.held() > claim.floor ? claim.held() - claim.floor : 0;
-        givable += i64(std::min({claim.cached + claim.mapped_free, lent, claim.leased}));
+        givable += i64(std::min({claim.cached + claim.mapped_free + claim.used, lent, claim.leased}));
         silence = silence || (claim.ask_open_ns != 0 && s.now_ns > claim.ask_open_ns + kAnswerNs);
     }
     excess = std::max<std::int64_t>(0, excess);

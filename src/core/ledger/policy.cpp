@@ -173,7 +173,8 @@ using Amounts = std::array<Bytes, kMaxTenants>;
 struct Taking {
     const Snapshot &snapshot;
     const World &world;
-    Bytes need = 0;
+    Bytes asked = 0;        // in all
+    Bytes need = 0;         // still
     Amounts room{};         // most that may still be taken: never below the floor
     Amounts above_share{};  // part of the leased bytes above the share
     Amounts free{}, cached{}, freed_later{};
@@ -242,14 +243,19 @@ void take_cached(Taking &taking) noexcept {
     }
 }
 
+// From those above their share; from everybody where outsiders need the bytes, for they do not wait.
 void take_as_freed(Taking &taking) noexcept {
-    Amounts available{};
-    for (int i = 0; i < taking.snapshot.count; ++i) {
-        const auto at = static_cast<std::size_t>(i);
-        available[at] =
-            std::min({signed_bytes(taking.snapshot.claims[at].used), taking.room[at], taking.above_share[at]});
+    for (const bool everybody : {false, true}) {
+        if (everybody) taking.need = std::min(taking.need, above(taking.world.excess, taking.asked - taking.need));
+        Amounts available{};
+        for (int i = 0; i < taking.snapshot.count; ++i) {
+            const auto at = static_cast<std::size_t>(i);
+            const Bytes left = signed_bytes(taking.snapshot.claims[at].used) - taking.freed_later[at];
+            available[at] = std::min(left, taking.room[at]);
+            if (!everybody) available[at] = std::min(available[at], taking.above_share[at]);
+        }
+        taking.proportionally(available, taking.freed_later);
     }
-    taking.proportionally(available, taking.freed_later);
 }
 
 // What is asked of one tenant is at most what the others and the device lack without its own demand.
@@ -319,7 +325,7 @@ Asks asks(const Snapshot &snapshot) noexcept {
         taking.room[at] = std::min(above(figures.held, signed_bytes(claim.floor)), signed_bytes(claim.leased));
         taking.above_share[at] = is_aged(claim, snapshot.now_ns) ? 0 : above(signed_bytes(claim.leased), figures.share);
     }
-    taking.need = anybody_waits ? above(world.wanted, world.spare) : world.excess;
+    taking.asked = taking.need = anybody_waits ? above(world.wanted, world.spare) : world.excess;
     take_mapped_free(taking);
     take_cached(taking);
     take_as_freed(taking);

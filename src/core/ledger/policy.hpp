@@ -23,7 +23,8 @@
 // mapped free pages (both in proportion), then from cached pages: lower priority first; within a priority what lies
 // above the weighted share first, the furthest above first. What a tenant would have to take from itself is not asked
 // of it: dropping its own cache is its own next choice anyway. Used pages are never asked back; `as_freed` tells a
-// tenant above its share how many bytes to give back as its pages become free, before it uses them again.
+// tenant above its share how many bytes to give back as its pages become free, before it uses them again, and where
+// outsiders have grown also one within it.
 // A tenant that has not answered an ask for kAnswerNs is passed over until it does.
 #pragma once
 
