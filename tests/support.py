@@ -54,6 +54,7 @@ def running_tenant(
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGURATION_PAGE = ROOT / "docs/configuration.md"
+GEOMETRY_PAGE = ROOT / "docs/geometry.md"
 TABLE_BEGIN, TABLE_END = "<!-- table -->\n", "<!-- end of table -->\n"
 
 
@@ -67,9 +68,21 @@ def configuration_table() -> str:
     )
 
 
-def write_configuration_table() -> None:
-    """Puts the table between its marks."""
-    before, _, rest = CONFIGURATION_PAGE.read_text(encoding="utf-8").partition(TABLE_BEGIN)
+def put_table(page: Path, table: str) -> None:
+    """Puts the table between the page's marks."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(TABLE_BEGIN)
     _, _, after = rest.partition(TABLE_END)
-    text = before + TABLE_BEGIN + configuration_table() + TABLE_END + after
-    CONFIGURATION_PAGE.write_text(text, encoding="utf-8")
+    page.write_text(before + TABLE_BEGIN + table + TABLE_END + after, encoding="utf-8")
+
+
+def table_of(page: Path) -> str:
+    """The table between the page's marks."""
+    return page.read_text(encoding="utf-8").partition(TABLE_BEGIN)[2].partition(TABLE_END)[0]
+
+
+def write_tables() -> None:
+    """Writes every generated table of the docs."""
+    from geometry_table import table
+
+    put_table(CONFIGURATION_PAGE, configuration_table())
+    put_table(GEOMETRY_PAGE, table())

@@ -12,7 +12,7 @@ import pytest
 from elastickv import config
 from elastickv.config import VARIABLES, Settings
 from elastickv.errors import ConfigError
-from support import CONFIGURATION_PAGE, TABLE_BEGIN, TABLE_END, configuration_table
+from support import CONFIGURATION_PAGE, configuration_table, table_of
 
 SIZES = "bytes (1000000), KiB, MiB, GiB, TiB (512MiB, 1.5GiB), k, m, g, t (the same: 2g is 2GiB), kB, MB, GB, TB"
 
@@ -188,8 +188,7 @@ def test_every_field_has_a_row_and_its_default_is_the_one_that_is_told() -> None
 
 
 def test_the_table_in_the_docs_is_the_registry() -> None:
-    page = CONFIGURATION_PAGE.read_text(encoding="utf-8")
-    table = page.partition(TABLE_BEGIN)[2].partition(TABLE_END)[0]
+    table = table_of(CONFIGURATION_PAGE)
     assert table == configuration_table(), "run scripts/docs"
     assert all(f"| `{variable.variable}` | " in table for variable in VARIABLES)
 

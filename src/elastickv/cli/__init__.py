@@ -11,6 +11,7 @@ import typer
 from elastickv.cli.demo import demo
 from elastickv.cli.doctor import doctor
 from elastickv.cli.limit import limit
+from elastickv.cli.plan import plan
 from elastickv.cli.run import run
 from elastickv.cli.status import status
 from elastickv.cli.top import top
@@ -27,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command(context_settings={"allow_interspersed_args": False})(run)
-for verb in (status, top, limit, doctor, demo):
+for verb in (status, top, limit, plan, doctor, demo):
     app.command()(verb)
 
 

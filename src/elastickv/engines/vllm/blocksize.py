@@ -1,32 +1,20 @@
 """Tokens a block: more than vLLM's default where a layer's part of a block would be too small to be read at full speed.
 
-In a block-outermost layout the parts of one layer lie a block apart. Reading such parts costs nothing on an H100 while
-they have 16 KiB, and a fifth of the bandwidth at 8 KiB.
+How many, says elastickv.planning.blocks.
 """
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-__all__ = ["LEAST_PART", "raise_block_size", "tokens_for"]
+from elastickv.planning.blocks import tokens_for
+
+__all__ = ["raise_block_size"]
 
 _logger = init_logger("vllm.elastickv")
-
-LEAST_PART: Final = 16 * 1024
-"""Bytes of one layer's part of a block."""
-
-_MOST_TOKENS: Final = 64
-"""Prefixes are shared by whole blocks, so a block must not grow without bound."""
-
-
-def tokens_for(token_bytes: int, tokens: int) -> int:
-    """The block size, at least `tokens`, for a model with `token_bytes` bytes a token in one layer of one rank."""
-    while token_bytes * tokens < LEAST_PART and tokens < _MOST_TOKENS:
-        tokens *= 2
-    return tokens
 
 
 def raise_block_size(config: Any) -> None:
