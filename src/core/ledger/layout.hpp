@@ -12,6 +12,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <tuple>
 
 #include "base/futex.hpp"
 #include "ledger/ledger.hpp"
@@ -23,7 +24,7 @@ using Word = std::atomic<std::uint64_t>;
 static_assert(sizeof(Word) == 8 && Word::is_always_lock_free);
 
 inline constexpr std::uint64_t kMagic = 0x31766b6369747365;  // "estickv1", the file's first bytes
-inline constexpr std::uint64_t kFormatVersion = 1;
+inline constexpr std::uint64_t kFormatVersion = 2;
 inline constexpr std::uint64_t kMaxBytes = std::uint64_t{1} << 48;  // no amount in a ledger is larger
 // The mutex lives in the file, so processes that share it must agree on its layout: this names the C library's.
 inline constexpr std::uint64_t kLockAbi = 0x676c696263000000 + sizeof(pthread_mutex_t);  // "glibc"
@@ -36,11 +37,11 @@ template <std::size_t N> struct Text {
     std::string load() const;
 };
 
-// A limit with its revision, readable without the lock and never torn: the new pair is written beside the one in
+// An order, or the answer to one, with its revision, readable without the lock and never torn: the new pair is written beside the one in
 // force, then `sequence` switches over. A writer that dies in between has changed nothing. Writers hold the mutex.
-struct RevisedLimit {
+struct Revised {
     struct Pair {
-        Word bytes, revision;
+        Word bytes, revision, now;
     };
     Word sequence;
     std::array<Pair, 2> pairs;
@@ -49,6 +50,18 @@ struct RevisedLimit {
     Tenant::Limit load() const noexcept;
 };
 
+// Measured times by bucket. Each sample is two additions without a lock: a process that dies between them leaves a
+// bucket without its part of the sum.
+struct Latencies {
+    std::array<Word, std::tuple_size_v<decltype(Histogram::counts)>> counts;
+    Word sum_ns;
+
+    void add(std::uint64_t ns) noexcept;
+    Histogram load() const noexcept;
+    void clear() noexcept;
+};
+
+// Every format version has this header, so that a file of another version can be told from a damaged one.
 struct ConstantHeader {
     std::uint64_t magic, version, header_bytes, row_bytes, rows, members, lock_abi;
     std::uint64_t alive_inode;  // of the device's "alive" file: another one would show everybody as dead
@@ -68,7 +81,7 @@ struct Header {
     Word owner_pid;     // hint: who took the mutex last; 0 when free
     Word repairs;       // how often the mutex was found with a dead owner
     FutexWord freed;    // rung when bytes come back; no lock
-    FutexWord limits;   // rung when a limit is acknowledged or a tenant leaves; no lock
+    FutexWord limits;   // rung when a limit or a trim is acknowledged or a tenant leaves; no lock
     alignas(64) pthread_mutex_t mutex;
 };
 
@@ -82,17 +95,20 @@ struct alignas(64) Row {
     Word pid, since_unix_ns, left_ns;
     Word floor, weight, priority, page_bytes;
     Word leased, static_bytes;  // grown under the mutex only; shrunk by the tenant without it
-    RevisedLimit limit_wanted, limit_held;
+    Revised limit_wanted, limit_held;
+    Revised trim_wanted, trim_done;  // `bytes` of the latter: given back
     Word demand, demand_ticket, demand_since_ns;
     Word demand_seen_ns;                                     // last refresh; 0: no demand. Written last, cleared first
     Word ask_open_ns;                                        // since when an ask has stood unanswered; 0: none
     Word ask_late_ns;                                        // the ask_open_ns that was counted as late
     Word active_ns;                                          // last time with pages in use or a lease granted; no lock
     Word virtual_bytes, used, cached, mapped_free, transit;  // published by the tenant; no lock
-    Word misses, evicted, asked, answered, late;
+    Word misses, evicted_need, evicted_neighbour, evicted_limit, evicted_idle, evicted_budget;
+    Word asked, answered, late;
+    std::array<Latencies, kLatencies> latencies;  // added to by every member; no lock
     FutexWord bell;
     FutexWord unused;
-    std::array<Word, kMaxMembers> mapped;  // per member process; no lock
+    std::array<Word, kMaxMembers> mapped, static_used;  // per member process; no lock
 };
 
 struct File {
@@ -110,7 +126,7 @@ std::uint64_t header_checksum(const ConstantHeader &header) noexcept;
 ConstantHeader make_constant_header(const std::string &boot_id, const std::string &device,
                                     std::uint64_t alive_inode) noexcept;
 
-// Wipes what belongs to one life of a tenant (leases, demand, usage); keeps the name and the wanted limit.
+// Wipes what belongs to one life of a tenant (leases, demand, usage, open trims, measurements); keeps the name and the wanted limit.
 // The order is such that a reader without the lock sees the row as dead first.
 void clear_life(Row &row) noexcept;
 

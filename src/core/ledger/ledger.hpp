@@ -7,6 +7,7 @@
 // the kernel drops that lock when the process dies, however it dies. See docs/design.md.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -30,12 +31,34 @@ struct Usage {
     std::uint64_t transit = 0;      // leased, being mapped or unmapped
 };
 
+// Counted since the tenant joined. Evictions are cached blocks dropped, by what dropped them.
 struct Counters {
-    std::uint64_t misses = 0;    // leases refused
-    std::uint64_t evicted = 0;   // cached blocks dropped
-    std::uint64_t asked = 0;     // give-backs asked of this tenant
-    std::uint64_t answered = 0;  // give-backs it answered
-    std::uint64_t late = 0;      // asks whose deadline passed first
+    std::uint64_t misses = 0;             // leases refused
+    std::uint64_t evicted_need = 0;       // the tenant's own allocation took the block
+    std::uint64_t evicted_neighbour = 0;  // given back to a tenant that waits
+    std::uint64_t evicted_limit = 0;      // an order of the operator's: a lowered limit, or a trim
+    std::uint64_t evicted_idle = 0;       // the engine was idle for long
+    std::uint64_t evicted_budget = 0;     // the cache was above its own byte budget
+    std::uint64_t asked = 0;              // give-backs asked of this tenant
+    std::uint64_t answered = 0;           // give-backs it answered
+    std::uint64_t late = 0;               // asks whose deadline passed first
+
+    std::uint64_t evicted() const noexcept {
+        return evicted_need + evicted_neighbour + evicted_limit + evicted_idle + evicted_budget;
+    }
+};
+
+// What a tenant's processes measure. lease_wait: how long an allocation waited for the neighbours, whether it was
+// granted in the end or not. map, unmap: one extent, with all driver calls it took.
+enum class Latency : std::uint8_t { lease_wait = 0, map = 1, unmap = 2 };
+inline constexpr std::size_t kLatencies = 3;
+// Upper bounds of the buckets in microseconds, inclusive; one more bucket has what is above.
+inline constexpr std::array<std::uint64_t, 16> kLatencyBoundsUs = {
+    10, 20, 50, 100, 200, 500, 1'000, 2'000, 5'000, 10'000, 20'000, 50'000, 100'000, 200'000, 500'000, 1'000'000};
+
+struct Histogram {
+    std::array<std::uint64_t, kLatencyBoundsUs.size() + 1> counts{};  // by bucket, not cumulative
+    std::uint64_t sum_ns = 0;
 };
 
 struct TenantOptions {
@@ -58,7 +81,10 @@ struct TenantView {
     std::int64_t pid = 0;           // of the process that joined; informative only
     std::uint64_t since_unix_ns = 0;
     std::uint64_t floor = 0, leased = 0, static_bytes = 0, mapped = 0;
+    std::uint64_t static_used = 0;  // of static_bytes, what its processes say they really have on the device
     std::uint64_t limit_wanted = kNoLimit, limit_wanted_rev = 0, limit_held = kNoLimit, limit_held_rev = 0;
+    bool limit_now = false;         // the wanted limit is to be reached by preempting, too
+    std::uint64_t trim_wanted = 0;  // bytes of a trim that is not answered yet
     std::uint32_t weight = 1;
     std::int32_t priority = 0;
     std::uint64_t demand = 0;         // bytes wanted and refused, still waiting (0 when expired)
@@ -67,6 +93,7 @@ struct TenantView {
     std::uint64_t page_bytes = 0;
     Usage usage;
     Counters counters;
+    std::array<Histogram, kLatencies> histograms;  // by Latency
 };
 
 struct LedgerView {
@@ -84,6 +111,8 @@ struct Ask {
     std::uint64_t over_limit = 0;  // held above the limit: must shrink, running requests excepted
     std::uint64_t as_freed = 0;    // used bytes above the weighted share that others wait for: to be given back
                                    // as their pages become free, before they are used again
+    std::uint64_t trim = 0;        // ordered by the operator: mapped free first, then cached; never under the floor
+    bool now = false;              // over_limit is to be reached even if running requests have to be preempted
 };
 
 struct LedgerOptions {
@@ -111,13 +140,22 @@ class Ledger : public std::enable_shared_from_this<Ledger> {
     virtual Result<LedgerView> view() = 0;  // reaps the dead first
     virtual std::string path() const = 0;
 
-    // Orders a limit; returns its revision. Works for dead named tenants too (kept for the restart).
+    // Orders a limit; returns its revision. Works for dead named tenants too (kept for the restart). `now`: the tenant
+    // is to preempt running requests if need be, and acknowledges only once it holds no more than the limit.
     // invalid: under the floor; not_found: no such name (text lists the names there are).
-    virtual Result<std::uint64_t> order_limit(const std::string &name, std::uint64_t bytes) = 0;
+    virtual Result<std::uint64_t> order_limit(const std::string &name, std::uint64_t bytes, bool now = false) = 0;
     // Waits until the tenant acknowledged `revision`; timeout / not_found (died) otherwise. `interrupted` is asked
     // every 20 ms or so, with no lock held, and ends the wait (timeout) when it answers true.
     virtual Status wait_limit(const std::string &name, std::uint64_t revision, std::uint64_t timeout_ms,
                               const std::function<bool()> &interrupted = {}) = 0;
+    // Orders a tenant to give back `bytes` once, mapped free pages first, then cached ones, never used ones and never
+    // under its floor; returns the order's revision. A later order takes the place of one that is still open.
+    // invalid: no bytes; not_found: no such name, or it does not run.
+    virtual Result<std::uint64_t> order_trim(const std::string &name, std::uint64_t bytes) = 0;
+    // Waits until the tenant answered the trim (or a later one); returns the bytes it gives back. They are free once
+    // its running step is through. timeout / not_found (died, and the order with it) otherwise.
+    virtual Result<std::uint64_t> wait_trim(const std::string &name, std::uint64_t revision, std::uint64_t timeout_ms,
+                                            const std::function<bool()> &interrupted = {}) = 0;
     // Drops the row of a name that is not alive. exists: alive.
     virtual Status forget(const std::string &name) = 0;
     virtual Status set_unmanaged(std::uint64_t bytes) = 0;
@@ -159,17 +197,29 @@ class Tenant {
 
     struct Limit {
         std::uint64_t bytes = kNoLimit, revision = 0;
+        bool now = false;
     };
     virtual Limit limit_wanted() const noexcept = 0;
     virtual Limit limit_held() const noexcept = 0;
     virtual void acknowledge_limit(const Limit &limit) noexcept = 0;
 
+    struct Trim {
+        std::uint64_t bytes = 0, revision = 0;
+    };
+    virtual Trim trim_wanted() const noexcept = 0;
+    virtual Trim trim_done() const noexcept = 0;
+    virtual void acknowledge_trim(const Trim &given) noexcept = 0;  // `bytes` given back for the order of `revision`
+
     virtual std::uint64_t leased() const noexcept = 0;
     virtual std::uint64_t static_bytes() const noexcept { return 0; }
     virtual std::uint64_t floor() const noexcept = 0;
-    virtual std::uint64_t headroom() = 0;                                             // bytes lease() would grant now
-    virtual void publish(const Usage &usage, const Counters &counters) noexcept = 0;  // counters: misses/evicted
-    virtual void add_mapped(std::int64_t bytes) noexcept = 0;                         // by mappers
+    virtual std::uint64_t headroom() = 0;  // bytes lease() would grant now
+    // Of the counters, those of asks are the ledger's own and not taken from here.
+    virtual void publish(const Usage &usage, const Counters &counters) noexcept = 0;
+    virtual void add_mapped(std::int64_t bytes) noexcept = 0;  // by mappers
+    // What this process has on the device of the tenant's static lease now. Each member says its own; they add up.
+    virtual void publish_static_used(std::uint64_t bytes) noexcept = 0;
+    virtual void observe(Latency what, std::uint64_t ns) noexcept = 0;  // no lock
 };
 
 }  // namespace elastickv

@@ -333,7 +333,11 @@ Asks asks(const Snapshot &snapshot) noexcept {
         const auto at = static_cast<std::size_t>(i);
         result[at] = asked_of(taking, at);
         const Claim &claim = snapshot.claims[at];
-        if (claim.limit != kNoLimit && claim.held() > claim.limit) result[at].over_limit = claim.held() - claim.limit;
+        if (claim.limit != kNoLimit && claim.held() > claim.limit) {
+            result[at].over_limit = claim.held() - claim.limit;
+            result[at].now = claim.limit_now;
+        }
+        result[at].trim = std::min(claim.trim, static_cast<std::uint64_t>(world.of[at].reclaimable));
     }
     return result;
 }

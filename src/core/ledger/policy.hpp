@@ -25,6 +25,8 @@
 // of it: dropping its own cache is its own next choice anyway. Used pages are never asked back; `as_freed` tells a
 // tenant above its share how many bytes to give back as its pages become free, before it uses them again, and where
 // outsiders have grown also one within it.
+// What the operator orders of one tenant, to come under a limit or to trim, is asked of it besides, whoever waits; a
+// trim takes no more than is mapped free or cached, and nothing from under the floor.
 // A tenant that has not answered an ask for kAnswerNs is passed over until it does.
 #pragma once
 
@@ -54,6 +56,8 @@ struct Claim {
     std::uint64_t used = 0, cached = 0, mapped_free = 0;
     std::uint64_t active_ns = 0;    // last sign of work
     std::uint64_t ask_open_ns = 0;  // unanswered ask since; 0: none
+    bool limit_now = false;
+    std::uint64_t trim = 0;  // ordered and not answered
 
     std::uint64_t held() const noexcept { return leased + static_bytes; }
 };

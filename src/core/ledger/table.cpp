@@ -31,6 +31,12 @@ int lock_until(pthread_mutex_t *mutex, std::uint64_t until_ns) noexcept {
 #endif
 }
 
+// Bytes of the trim that was ordered and not answered; 0: none.
+std::uint64_t open_trim(const Row &row) noexcept {
+    const Tenant::Limit wanted = row.trim_wanted.load();
+    return wanted.revision == row.trim_done.load().revision ? 0 : wanted.bytes;
+}
+
 std::uint64_t amount(const Word &word) noexcept { return std::min(get(word), kMaxBytes); }
 }  // namespace
 
@@ -108,8 +114,10 @@ int Table::reap() {
         }
         for (int member = 0; member < kMaxMembers; ++member) {
             Word &mapped = row(slot).mapped[static_cast<std::size_t>(member)];
-            if (get(mapped) != 0 && !member_alive(alive_.get(), slot, member))
-                mapped.store(0, std::memory_order_relaxed);
+            Word &fixed = row(slot).static_used[static_cast<std::size_t>(member)];
+            if (get(mapped) + get(fixed) == 0 || member_alive(alive_.get(), slot, member)) continue;
+            mapped.store(0, std::memory_order_relaxed);
+            fixed.store(0, std::memory_order_relaxed);
         }
     }
     if (buried > 0) {
@@ -147,7 +155,10 @@ policy::Snapshot Table::snapshot(std::uint64_t capacity) {
         policy::Claim &claim = snapshot.claims[static_cast<std::size_t>(snapshot.count++)];
         claim.slot = slot;
         claim.floor = amount(one.floor);
-        claim.limit = one.limit_wanted.load().bytes;
+        const Tenant::Limit limit = one.limit_wanted.load();
+        claim.limit = limit.bytes;
+        claim.limit_now = limit.now;
+        claim.trim = open_trim(one);
         claim.leased = amount(one.leased);
         claim.static_bytes = amount(one.static_bytes);
         claim.weight = static_cast<std::uint32_t>(get(one.weight));

@@ -75,8 +75,9 @@ class Table {
           path_(directory_.file_path(device_ + ".ledger")) {}
 
     Status open_or_create(std::uint64_t capacity);
-    Result<bool> try_map();  // true: mapped; false: of an earlier boot
+    Result<bool> try_map();  // true: mapped; false: of an earlier boot or format version
     Status check_header(const ConstantHeader &found) const;
+    bool older_version(const ConstantHeader &found) const;
     Status check_unused(bool stale) const;
     Status publish_new(std::uint64_t capacity, bool replace);
     Status init_mutex(File &file) const;

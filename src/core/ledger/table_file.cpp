@@ -100,7 +100,7 @@ Status Table::open_or_create(std::uint64_t capacity) {
         if (Status status = check_unused(stale); !status.ok()) return status;
         if (stale && capacity == 0) {
             return {Code::not_found, "the ledger '" + path_ +
-                                         "' is of an earlier boot and nobody has used the device "
+                                         "' is of an earlier boot or elastickv and nobody has used the device "
                                          "since; start an engine, or give the device's capacity"};
         }
         if (Status status = publish_new(capacity, stale); !status.ok() && status.code() != Code::exists) return status;
@@ -113,8 +113,9 @@ Status Table::check_unused(bool stale) const {
     if (!locked_by_other(alive_.get(), 0, std::uint64_t{kMaxTenants} * kMaxMembers)) return {};
     if (stale) {
         return {Code::corrupt, "'" + path_ +
-                                   "' was written under another boot of this machine, yet tenants live on "
-                                   "it; share a ledger directory only among processes of one machine"};
+                                   "' was written by an earlier elastickv, or under another boot of this machine, yet "
+                                   "tenants live on it; stop them first, and share a ledger directory only among "
+                                   "processes of one machine"};
     }
     return {Code::corrupt, quoted(path_) + " was removed while tenants live that lease from it; stop them first"};
 }
@@ -122,6 +123,12 @@ Status Table::check_unused(bool stale) const {
 Status Table::check_current() const {
     if (directory_.inode(file_name()) == inode_) return {};
     return {Code::corrupt, quoted(path_) + " was removed or replaced since it was opened; open the ledger again"};
+}
+
+// A whole header of an earlier format: its rows mean nothing here, but who lives does, and so does its device.
+bool Table::older_version(const ConstantHeader &found) const {
+    return found.magic == kMagic && found.version >= 1 && found.version < kFormatVersion &&
+           header_checksum(found) == found.checksum && found.device == expected_header().device;
 }
 
 Result<bool> Table::try_map() {
@@ -138,6 +145,7 @@ Result<bool> Table::try_map() {
     if (got != static_cast<ssize_t>(sizeof found)) {
         return system_error("cannot read '" + path_ + "'", got < 0 ? errno : EIO);
     }
+    if (older_version(found)) return false;
     if (Status status = check_header(found); !status.ok()) return status;
     if (size != static_cast<off_t>(sizeof(File))) {
         return Status{Code::corrupt, "'" + path_ + "' is " + std::to_string(size) + " bytes long, a ledger has " +

@@ -25,8 +25,6 @@ namespace ledger {
 
 namespace {
 
-constexpr std::uint64_t kProbeSliceUs = 20'000;  // how often a wait looks whether somebody died
-
 std::uint64_t get(const Word &word) noexcept { return word.load(std::memory_order_relaxed); }
 void put(Word &word, std::uint64_t value) noexcept { word.store(value, std::memory_order_relaxed); }
 
@@ -63,6 +61,7 @@ TenantView view_row(Row &row, int slot, std::uint64_t now) {
     const Tenant::Limit wanted = row.limit_wanted.load();
     view.limit_wanted = wanted.bytes;
     view.limit_wanted_rev = wanted.revision;
+    view.limit_now = wanted.now;
     const Tenant::Limit held = row.limit_held.load();
     view.limit_held = held.bytes;
     view.limit_held_rev = held.revision;
@@ -76,6 +75,9 @@ TenantView view_row(Row &row, int slot, std::uint64_t now) {
     view.leased = get(row.leased);
     view.static_bytes = get(row.static_bytes);
     for (const Word &mapped : row.mapped) view.mapped += get(mapped);
+    for (const Word &used : row.static_used) view.static_used += get(used);
+    const Tenant::Limit trim = row.trim_wanted.load();
+    view.trim_wanted = trim.revision == row.trim_done.load().revision ? 0 : trim.bytes;
     policy::Claim claim;
     claim.demand = get(row.demand);
     claim.demand_seen_ns = get(row.demand_seen_ns);
@@ -85,7 +87,9 @@ TenantView view_row(Row &row, int slot, std::uint64_t now) {
         view.demand_age_ns = now - std::min(now, get(row.demand_since_ns));
     }
     view.usage = {get(row.virtual_bytes), get(row.used), get(row.cached), get(row.mapped_free), get(row.transit)};
-    view.counters = {get(row.misses), get(row.evicted), get(row.asked), get(row.answered), get(row.late)};
+    view.counters = {get(row.misses),       get(row.evicted_need), get(row.evicted_neighbour), get(row.evicted_limit),
+                     get(row.evicted_idle), get(row.evicted_budget), get(row.asked), get(row.answered), get(row.late)};
+    for (std::size_t i = 0; i < kLatencies; ++i) view.histograms[i] = row.latencies[i].load();
     return view;
 }
 
@@ -172,7 +176,7 @@ std::uint64_t TableLedger::write_row(const TenantOptions &options, int slot) {
     clear_life(row);
     if (get(row.named) == 0 || row.name.load() != options.name) {
         put(row.named, 0);
-        row.limit_wanted.store({kNoLimit, 0});
+        row.limit_wanted.store({kNoLimit, 0, false});
         row.name.store(options.name);
         row.named.store(1, std::memory_order_release);
     }
@@ -187,7 +191,7 @@ std::uint64_t TableLedger::write_row(const TenantOptions &options, int slot) {
     put(row.page_bytes, options.page_bytes);
     put(row.active_ns, now_ns());
     const std::uint64_t revision = header.revision.fetch_add(1, std::memory_order_relaxed) + 1;
-    if (options.set_limit) row.limit_wanted.store({options.limit, revision});
+    if (options.set_limit) row.limit_wanted.store({options.limit, revision, false});
     row.limit_held.store(row.limit_wanted.load());  // it holds nothing yet, so any limit is kept
     const std::uint64_t incarnation = header.incarnations.fetch_add(1, std::memory_order_relaxed) + 1;
     (void)fault::point("ledger.join.written");
@@ -237,6 +241,7 @@ Result<std::unique_ptr<Tenant>> TableLedger::attach(int slot, std::uint64_t inca
         if (!status.ok()) return status;
         (void)fault::point("ledger.attach.locked");
         put(table_->row(slot).mapped[static_cast<std::size_t>(member)], 0);
+        put(table_->row(slot).static_used[static_cast<std::size_t>(member)], 0);
         return std::unique_ptr<Tenant>(std::make_unique<TableTenant>(shared_from_this(), *table_, std::move(fd).value(),
                                                                      slot, member, incarnation));
     }
@@ -269,69 +274,6 @@ Status TableLedger::unknown_name(const std::string &name) {
     }
     return {Code::not_found, "no tenant named '" + name + "' on device '" + table_->device() + "'; there " +
                                  (names.empty() ? std::string("is none") : "are: " + names)};
-}
-
-Result<std::uint64_t> TableLedger::order_limit(const std::string &name, std::uint64_t bytes) {
-    std::uint64_t revision = 0;
-    int slot = -1;
-    {
-        Result<TableGuard> guard = table_->lock("ordering a limit");
-        if (!guard.ok()) return guard.status();
-        table_->reap();
-        slot = table_->find_name(name);
-        if (slot < 0) return unknown_name(name);
-        Row &row = table_->row(slot);
-        if (table_->lives(slot) && bytes < get(row.floor)) {
-            return Status{Code::invalid, "tenant '" + name + "': a limit of " + human_bytes(bytes) +
-                                             " is under its floor of " + human_bytes(get(row.floor)) +
-                                             "; give a larger one, or restart it with a lower floor"};
-        }
-        revision = table_->header().revision.fetch_add(1, std::memory_order_relaxed) + 1;
-        row.limit_wanted.store({bytes, revision});
-        (void)fault::point("ledger.limit.ordered");
-    }
-    futex_ring(table_->row(slot).bell);
-    table_->ring_freed();  // a raised limit lets its waiters go on
-    return revision;
-}
-
-Status TableLedger::wait_limit(const std::string &name, std::uint64_t revision, std::uint64_t timeout_ms,
-                               const std::function<bool()> &interrupted) {
-    const std::uint64_t until = now_ns() + timeout_ms * 1'000'000;
-    while (true) {
-        const std::uint32_t seen = table_->header().limits.load(std::memory_order_acquire);
-        Tenant::Limit held;
-        {
-            Result<TableGuard> guard = table_->lock("waiting for a limit");
-            if (!guard.ok()) return guard.status();
-            table_->reap();
-            const int slot = table_->find_name(name);
-            if (slot < 0) return unknown_name(name);
-            const std::uint64_t wanted = table_->row(slot).limit_wanted.load().revision;
-            if (wanted < revision) {
-                return {Code::invalid, "tenant '" + name + "': revision " + std::to_string(revision) +
-                                           " of its limit was never ordered; the last one is " +
-                                           std::to_string(wanted)};
-            }
-            if (!table_->lives(slot)) {
-                return {Code::not_found, "tenant '" + name +
-                                             "' does not run, so nobody can acknowledge its limit; the "
-                                             "limit is kept and holds when it starts"};
-            }
-            held = table_->row(slot).limit_held.load();
-        }
-        if (held.revision >= revision) return {};
-        const std::uint64_t now = now_ns();
-        if (now >= until) {
-            return {Code::timeout, "tenant '" + name + "' did not acknowledge revision " + std::to_string(revision) +
-                                       " of its limit within " + human_ms(timeout_ms) + "; it holds revision " +
-                                       std::to_string(held.revision) + " (" +
-                                       (held.bytes == kNoLimit ? "no limit" : human_bytes(held.bytes)) +
-                                       "). No new lease goes above the new limit; is the engine stuck?"};
-        }
-        if (interrupted && interrupted()) return {Code::timeout, "waiting for a limit was interrupted"};
-        futex_wait(table_->header().limits, seen, std::min((until - now) / 1000 + 1, kProbeSliceUs));
-    }
 }
 
 Status TableLedger::forget(const std::string &name) {

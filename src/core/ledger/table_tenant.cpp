@@ -48,6 +48,7 @@ void TableTenant::leave() noexcept {
     Result<TableGuard> guard = table_.lock("leaving the ledger");
     (void)fault::point("ledger.leave.locked");
     put(row().mapped[static_cast<std::size_t>(member_)], 0);
+    put(row().static_used[static_cast<std::size_t>(member_)], 0);
     unlock_byte(fd_->get(), alive_byte(slot_, member_));
     fd_->close();
     (void)fault::point("ledger.leave.unlocked");
@@ -280,7 +281,7 @@ bool TableTenant::pressed() noexcept {
             if (policy::demand_alive(claim, now)) return true;
         }
     }
-    return limit_wanted().revision != limit_held().revision || excess();
+    return limit_wanted().revision != limit_held().revision || trim_wanted().revision != trim_done().revision || excess();
 }
 
 void TableTenant::acknowledge_limit(const Limit &limit) noexcept {
@@ -293,6 +294,23 @@ void TableTenant::acknowledge_limit(const Limit &limit) noexcept {
         if (limit.revision <= limit_held().revision || limit.revision > wanted) return;
         row().limit_held.store(limit);
         (void)fault::point("ledger.limit.held");
+    }
+    futex_ring(table_.header().limits);
+}
+
+Tenant::Trim TableTenant::as_trim(const Revised &order) noexcept {
+    const Limit pair = order.load();
+    return {pair.bytes, pair.revision};
+}
+
+void TableTenant::acknowledge_trim(const Trim &given) noexcept {
+    const Entry entry(*this);
+    if (!entry.ours()) return;
+    {
+        Result<TableGuard> guard = table_.lock("acknowledging a trim");
+        if (!guard.ok()) return;  // stays open: pressed() goes on saying so
+        if (given.revision <= trim_done().revision || given.revision > trim_wanted().revision) return;
+        row().trim_done.store({given.bytes, given.revision, false});
     }
     futex_ring(table_.header().limits);
 }
@@ -324,7 +342,11 @@ void TableTenant::publish(const Usage &usage, const Counters &counters) noexcept
     put(own.mapped_free, usage.mapped_free);
     put(own.transit, usage.transit);
     put(own.misses, counters.misses);
-    put(own.evicted, counters.evicted);
+    put(own.evicted_need, counters.evicted_need);
+    put(own.evicted_neighbour, counters.evicted_neighbour);
+    put(own.evicted_limit, counters.evicted_limit);
+    put(own.evicted_idle, counters.evicted_idle);
+    put(own.evicted_budget, counters.evicted_budget);
     if (usage.used > 0) put(own.active_ns, now_ns());
 }
 
@@ -337,6 +359,16 @@ void TableTenant::add_mapped(std::int64_t bytes) noexcept {
     } else {
         subtract(mapped, static_cast<std::uint64_t>(-bytes));
     }
+}
+
+void TableTenant::publish_static_used(std::uint64_t bytes) noexcept {
+    const Entry entry(*this);
+    if (entry.ours()) put(row().static_used[static_cast<std::size_t>(member_)], bytes);
+}
+
+void TableTenant::observe(Latency what, std::uint64_t ns) noexcept {
+    const Entry entry(*this);
+    if (entry.ours()) row().latencies[static_cast<std::size_t>(what)].add(ns);
 }
 
 }  // namespace elastickv::ledger

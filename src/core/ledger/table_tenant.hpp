@@ -38,6 +38,9 @@ class TableTenant final : public Tenant {
     Limit limit_wanted() const noexcept override { return row().limit_wanted.load(); }
     Limit limit_held() const noexcept override { return row().limit_held.load(); }
     void acknowledge_limit(const Limit &limit) noexcept override;
+    Trim trim_wanted() const noexcept override { return as_trim(row().trim_wanted); }
+    Trim trim_done() const noexcept override { return as_trim(row().trim_done); }
+    void acknowledge_trim(const Trim &given) noexcept override;
 
     std::uint64_t leased() const noexcept override;
     std::uint64_t static_bytes() const noexcept override;
@@ -45,6 +48,8 @@ class TableTenant final : public Tenant {
     std::uint64_t headroom() override;
     void publish(const Usage &usage, const Counters &counters) noexcept override;
     void add_mapped(std::int64_t bytes) noexcept override;
+    void publish_static_used(std::uint64_t bytes) noexcept override;
+    void observe(Latency what, std::uint64_t ns) noexcept override;
 
   private:
     Row &row() const noexcept { return table_.row(slot_); }
@@ -62,6 +67,7 @@ class TableTenant final : public Tenant {
         TableTenant &tenant_;
         bool ours_;
     };
+    static Trim as_trim(const Revised &order) noexcept;
     Status not_ours() const;
     bool excess() noexcept;
     void drop_demand() noexcept;
