@@ -26,7 +26,7 @@ from elastickv.errors import (
     LedgerCorrupt,
     NotFound,
 )
-from elastickv.ledger import DeviceView, Limit, open_ledger, order_limit, read_device
+from elastickv.ledger import DeviceView, Limit, open_ledger, order_limit, order_trim, read_device
 
 MIB = 1 << 20
 CAPACITY = 64 * MIB
@@ -64,7 +64,7 @@ def test_the_view_is_frozen_and_complete(ledger: _core.Ledger) -> None:
     )
     assert tenant.lease(4 * MIB)
     assert tenant.lease_static(2 * MIB)
-    tenant.publish(virtual_bytes=100 * MIB, used=MIB, cached=2 * MIB, mapped_free=MIB, misses=5, evicted=6)
+    tenant.publish(virtual_bytes=100 * MIB, used=MIB, cached=2 * MIB, mapped_free=MIB, misses=5, evicted_idle=6)
     tenant.add_mapped(3 * MIB)
     ledger.set_unmanaged(8 * MIB)
     view = read_device(ledger)
@@ -97,7 +97,7 @@ def test_a_refused_lease_is_false_and_rings(ledger: _core.Ledger) -> None:
     assert one.wait_bell(seen, 0) != seen
     assert read_device(ledger).tenant("two").demand == MIB
     one.publish(mapped_free=2 * MIB)
-    assert one.ask() == {"mapped_free": MIB, "cached": 0, "over_limit": 0, "as_freed": 0}
+    assert one.ask() == {"mapped_free": MIB, "cached": 0, "over_limit": 0, "as_freed": 0, "trim": 0, "now": False}
     freed = two.freed_word()
     one.give(MIB)
     one.answered()
@@ -157,6 +157,82 @@ def test_limits_are_ordered_waited_for_and_kept(ledger: _core.Ledger) -> None:
     assert last.limit_held[0] is None
     with pytest.raises(AlreadyExists):
         ledger.forget("chat")
+
+
+def test_a_trim_is_answered_once(ledger: _core.Ledger) -> None:
+    tenant = ledger.join("chat", floor=2 * MIB)
+    assert tenant.lease(8 * MIB)
+    tenant.publish(mapped_free=MIB, cached=3 * MIB, used=4 * MIB)
+    bell = tenant.bell_word()
+    with pytest.raises(DeadlineExceeded, match=r"'chat' did not answer a trim within 50 ms; it stays ordered"):
+        order_trim(ledger, "chat", 64 * MIB, timeout_ms=50)
+    assert tenant.bell_word() != bell
+    assert tenant.pressed()
+    assert tenant.ask()["trim"] == 4 * MIB  # what is used is not asked for
+    assert read_device(ledger).tenant("chat").trim_wanted == 64 * MIB
+    answer = threading.Timer(0.05, lambda: tenant.acknowledge_trim(3 * MIB, tenant.trim_wanted[1]))
+    answer.start()
+    assert order_trim(ledger, "chat", 5 * MIB, timeout_ms=10_000) == 3 * MIB
+    answer.join()
+    assert not tenant.pressed()
+    assert tenant.ask()["trim"] == 0
+    assert read_device(ledger).tenant("chat").trim_wanted == 0
+    with pytest.raises(InvalidArgument, match="a trim of no bytes"):
+        ledger.order_trim("chat", 0)
+    with pytest.raises(NotFound, match="no tenant named 'x'"):
+        ledger.order_trim("x", 1)
+    lost = ledger.order_trim("chat", MIB)
+    tenant.close()
+    with pytest.raises(NotFound, match="'chat' does not run, so it has nothing to give back"):
+        ledger.order_trim("chat", MIB)
+    again = ledger.join("chat")
+    assert not again.pressed()
+    with pytest.raises(NotFound, match="'chat' has ended since, and revision"):
+        ledger.wait_trim("chat", lost, 0)
+    with pytest.raises(InvalidArgument, match="was never ordered"):
+        ledger.wait_trim("chat", lost + 1000, 0)
+
+
+def test_what_is_measured_is_in_the_view_and_goes_with_the_life(ledger: _core.Ledger) -> None:
+    tenant = ledger.join("chat")
+    for micros in (1, 10, 11, 999_999, 2_000_000):
+        tenant.observe("map", micros * 1000)
+    tenant.observe("lease_wait", 1)
+    tenant.publish(evicted_need=1, evicted_neighbour=2, evicted_limit=3, evicted_idle=4, evicted_budget=5)
+    assert tenant.lease_static(4 * MIB)
+    tenant.publish_static_used(MIB)
+    member = ledger.attach(tenant.slot, tenant.incarnation)
+    member.publish_static_used(2 * MIB)
+    row = read_device(ledger).tenant("chat")
+    measured = zip((*row.histograms.map.bounds, "more"), row.histograms.map.counts, strict=True)
+    assert {bound: count for bound, count in measured if count} == {10: 2, 20: 1, 10**6: 1, "more": 1}
+    assert (row.histograms.map.count, row.histograms.map.sum) == (5, 3_000_021)
+    assert (row.histograms.lease_wait.count, row.histograms.unmap.count) == (1, 0)
+    assert row.counters.evicted == 15
+    assert (row.counters.evicted_neighbour, row.counters.evicted_budget) == (2, 5)
+    assert (row.static_bytes, row.static_used) == (4 * MIB, 3 * MIB)
+    member.close()
+    assert read_device(ledger).tenant("chat").static_used == MIB
+    with pytest.raises(InvalidArgument, match="'reads' is not measured"):
+        tenant.observe("reads", 1)
+    tenant.close()
+    again = ledger.join("chat")
+    row = read_device(ledger).tenant("chat")
+    assert (row.histograms.map.count, row.histograms.map.sum, row.counters.evicted, row.static_used) == (0, 0, 0, 0)
+    again.close()
+
+
+def test_a_limit_to_be_reached_now_says_so(ledger: _core.Ledger) -> None:
+    tenant = ledger.join("chat")
+    assert tenant.lease(8 * MIB)
+    with pytest.raises(DeadlineExceeded, match=r"it still has 8 MiB, running requests included"):
+        order_limit(ledger, "chat", 4 * MIB, timeout_ms=20, now=True)
+    assert read_device(ledger).tenant("chat").limit_now
+    ask = tenant.ask()
+    assert (ask["over_limit"], ask["now"]) == (4 * MIB, True)
+    ledger.order_limit("chat", 4 * MIB)
+    assert tenant.ask()["now"] is False
+    assert not read_device(ledger).tenant("chat").limit_now
 
 
 def test_ctrl_c_ends_the_wait_for_a_limit(ledger: _core.Ledger) -> None:

@@ -4,8 +4,12 @@
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 
+#include <algorithm>
+#include <array>
+#include <functional>
 #include <memory>
 #include <optional>
+#include <string_view>
 
 #include "base/faultpoint.hpp"
 #include "convert.hpp"
@@ -13,6 +17,8 @@
 
 namespace elastickv::py {
 namespace {
+
+constexpr std::array<std::string_view, kLatencies> kLatencyNames = {"lease_wait", "map", "unmap"};  // by Latency
 
 using Limit = std::pair<std::optional<std::uint64_t>, std::uint64_t>;
 
@@ -34,10 +40,27 @@ nb::dict usage_dict(const Usage &usage) {
 nb::dict counters_dict(const Counters &counters) {
     nb::dict out;
     out["misses"] = counters.misses;
-    out["evicted"] = counters.evicted;
+    out["evicted_need"] = counters.evicted_need;
+    out["evicted_neighbour"] = counters.evicted_neighbour;
+    out["evicted_limit"] = counters.evicted_limit;
+    out["evicted_idle"] = counters.evicted_idle;
+    out["evicted_budget"] = counters.evicted_budget;
     out["asked"] = counters.asked;
     out["answered"] = counters.answered;
     out["late"] = counters.late;
+    return out;
+}
+
+nb::dict histograms_dict(const TenantView &tenant) {
+    nb::dict out;
+    for (std::size_t i = 0; i < kLatencies; ++i) {
+        nb::list counts;
+        for (const std::uint64_t count : tenant.histograms[i].counts) counts.append(count);
+        nb::dict one;
+        one["counts"] = counts;
+        one["sum_ns"] = tenant.histograms[i].sum_ns;
+        out[kLatencyNames[i].data()] = one;
+    }
     return out;
 }
 
@@ -54,11 +77,14 @@ nb::dict tenant_dict(const TenantView &tenant) {
     out["floor"] = tenant.floor;
     out["leased"] = tenant.leased;
     out["static_bytes"] = tenant.static_bytes;
+    out["static_used"] = tenant.static_used;
     out["mapped"] = tenant.mapped;
     out["limit_wanted"] = limit_or_none(tenant.limit_wanted);
     out["limit_wanted_rev"] = tenant.limit_wanted_rev;
+    out["limit_now"] = tenant.limit_now;
     out["limit_held"] = limit_or_none(tenant.limit_held);
     out["limit_held_rev"] = tenant.limit_held_rev;
+    out["trim_wanted"] = tenant.trim_wanted;
     out["weight"] = tenant.weight;
     out["priority"] = tenant.priority;
     out["demand"] = tenant.demand;
@@ -67,6 +93,7 @@ nb::dict tenant_dict(const TenantView &tenant) {
     out["page_bytes"] = tenant.page_bytes;
     out["usage"] = usage_dict(tenant.usage);
     out["counters"] = counters_dict(tenant.counters);
+    out["histograms"] = histograms_dict(tenant);
     return out;
 }
 
@@ -105,17 +132,17 @@ std::shared_ptr<Tenant> join(Ledger &ledger, std::string name, std::uint64_t flo
     return std::shared_ptr<Tenant>(unwrap(without_gil([&] { return ledger.join(options); })));
 }
 
-// Lets Python's signal handlers run meanwhile, so that Ctrl-C ends it.
-void wait_limit(Ledger &ledger, const std::string &name, std::uint64_t revision, std::uint64_t timeout_ms) {
+// Calls wait(interrupted) without the GIL and lets Python's signal handlers run meanwhile, so that Ctrl-C ends it.
+template <class Wait> auto wait_interruptibly(Wait wait) {
     bool signalled = false;
     const auto interrupted = [&signalled] {
         nb::gil_scoped_acquire locked;
         signalled = PyErr_CheckSignals() != 0;
         return signalled;
     };
-    const Status status = without_gil([&] { return ledger.wait_limit(name, revision, timeout_ms, interrupted); });
+    auto result = without_gil([&] { return wait(interrupted); });
     if (signalled) throw nb::python_error();
-    check(status);
+    return result;
 }
 
 bool granted(const Status &status) {
@@ -131,6 +158,8 @@ nb::dict ask_dict(Tenant &tenant) {
     out["cached"] = ask.cached;
     out["over_limit"] = ask.over_limit;
     out["as_freed"] = ask.as_freed;
+    out["trim"] = ask.trim;
+    out["now"] = ask.now;
     return out;
 }
 
@@ -167,20 +196,44 @@ void bind_tenant(nb::module_ &module) {
                 self.acknowledge_limit({bytes.value_or(kNoLimit), revision});
             },
             nb::arg("bytes").none(), nb::arg("revision"), unlocked)
+        .def_prop_ro("trim_wanted",
+                     [](Tenant &self) { return std::make_pair(self.trim_wanted().bytes, self.trim_wanted().revision); })
+        .def(
+            "acknowledge_trim",
+            [](Tenant &self, std::uint64_t given, std::uint64_t revision) { self.acknowledge_trim({given, revision}); },
+            nb::arg("given"), nb::arg("revision"), unlocked)
         .def("ask", &ask_dict, "What the sharing policy asks this tenant to give back now.")
         .def("answered", &Tenant::answered, unlocked)
         .def("pressed", &Tenant::pressed, "Cheap hint: does a neighbour wait, or is a limit order open?")
         .def(
             "publish",
             [](Tenant &self, std::uint64_t virtual_bytes, std::uint64_t used, std::uint64_t cached,
-               std::uint64_t mapped_free, std::uint64_t transit, std::uint64_t misses, std::uint64_t evicted) {
-                Counters counters;
-                counters.misses = misses;
-                counters.evicted = evicted;
+               std::uint64_t mapped_free, std::uint64_t transit, std::uint64_t misses, std::uint64_t evicted_need,
+               std::uint64_t evicted_neighbour, std::uint64_t evicted_limit, std::uint64_t evicted_idle,
+               std::uint64_t evicted_budget) {
+                const Counters counters{.misses = misses,
+                                        .evicted_need = evicted_need,
+                                        .evicted_neighbour = evicted_neighbour,
+                                        .evicted_limit = evicted_limit,
+                                        .evicted_idle = evicted_idle,
+                                        .evicted_budget = evicted_budget};
                 self.publish({virtual_bytes, used, cached, mapped_free, transit}, counters);
             },
             nb::arg("virtual_bytes") = 0, nb::arg("used") = 0, nb::arg("cached") = 0, nb::arg("mapped_free") = 0,
-            nb::arg("transit") = 0, nb::arg("misses") = 0, nb::arg("evicted") = 0)
+            nb::arg("transit") = 0, nb::arg("misses") = 0, nb::arg("evicted_need") = 0,
+            nb::arg("evicted_neighbour") = 0, nb::arg("evicted_limit") = 0, nb::arg("evicted_idle") = 0,
+            nb::arg("evicted_budget") = 0)
+        .def("publish_static_used", &Tenant::publish_static_used, nb::arg("bytes"),
+             "What this process has on the device of the tenant's static lease now; the members' figures add up.")
+        .def(
+            "observe",
+            [](Tenant &self, const std::string &what, std::uint64_t ns) {
+                const auto *found = std::find(kLatencyNames.begin(), kLatencyNames.end(), what);
+                if (found == kLatencyNames.end())
+                    raise({Code::invalid, "'" + what + "' is not measured: lease_wait, map or unmap"});
+                self.observe(static_cast<Latency>(found - kLatencyNames.begin()), ns);
+            },
+            nb::arg("what"), nb::arg("ns"), "Adds a sample to one of the tenant's histograms.")
         .def("add_mapped", &Tenant::add_mapped, nb::arg("bytes"))
         .def("bell_word", &Tenant::bell_word)
         .def("wait_bell", &Tenant::wait_bell, nb::arg("seen"), nb::arg("timeout_us"), unlocked)
@@ -227,6 +280,9 @@ void bind_faults(nb::module_ &module) {
 }  // namespace
 
 void bind_ledger(nb::module_ &module) {
+    nb::list bounds;
+    for (const std::uint64_t bound : kLatencyBoundsUs) bounds.append(bound);
+    module.attr("LATENCY_BOUNDS_US") = nb::tuple(bounds);
     nb::class_<Ledger>(module, "Ledger", "One device's table of tenants. Thread-safe. Sizes are bytes.")
         .def_static("open", &open_ledger, nb::arg("directory"), nb::arg("device"), nb::arg("capacity") = 0,
                     nb::arg("deadline_ms") = 2000, "Opens or creates; capacity 0 takes what is there.")
@@ -243,11 +299,33 @@ void bind_ledger(nb::module_ &module) {
         .def("view", &view_dict, "Everything on the ledger, the dead removed first.")
         .def(
             "order_limit",
-            [](Ledger &self, const std::string &name, std::optional<std::uint64_t> bytes) {
-                return unwrap(without_gil([&] { return self.order_limit(name, bytes.value_or(kNoLimit)); }));
+            [](Ledger &self, const std::string &name, std::optional<std::uint64_t> bytes, bool now) {
+                return unwrap(without_gil([&] { return self.order_limit(name, bytes.value_or(kNoLimit), now); }));
             },
-            nb::arg("name"), nb::arg("bytes").none(), "Orders a limit (None: none); returns its revision.")
-        .def("wait_limit", &wait_limit, nb::arg("name"), nb::arg("revision"), nb::arg("timeout_ms"))
+            nb::arg("name"), nb::arg("bytes").none(), nb::arg("now") = false,
+            "Orders a limit (None: none); returns its revision. `now`: by preempting, too.")
+        .def(
+            "wait_limit",
+            [](Ledger &self, const std::string &name, std::uint64_t revision, std::uint64_t timeout_ms) {
+                check(wait_interruptibly([&](const std::function<bool()> &interrupted) {
+                    return self.wait_limit(name, revision, timeout_ms, interrupted);
+                }));
+            },
+            nb::arg("name"), nb::arg("revision"), nb::arg("timeout_ms"))
+        .def(
+            "order_trim",
+            [](Ledger &self, const std::string &name, std::uint64_t bytes) {
+                return unwrap(without_gil([&] { return self.order_trim(name, bytes); }));
+            },
+            nb::arg("name"), nb::arg("bytes"), "Orders a tenant to give bytes back once; returns the order's revision.")
+        .def(
+            "wait_trim",
+            [](Ledger &self, const std::string &name, std::uint64_t revision, std::uint64_t timeout_ms) {
+                return unwrap(wait_interruptibly([&](const std::function<bool()> &interrupted) {
+                    return self.wait_trim(name, revision, timeout_ms, interrupted);
+                }));
+            },
+            nb::arg("name"), nb::arg("revision"), nb::arg("timeout_ms"), "Waits for it; returns the bytes given back.")
         .def(
             "forget",
             [](Ledger &self, const std::string &name) { check(without_gil([&] { return self.forget(name); })); },

@@ -67,7 +67,7 @@ nb::dict stats(Pool &pool) {
     out["map_failures"] = s.map_failures;
     out["ticket"] = s.tickets;
     out["misses"] = s.counters.misses;
-    out["evicted"] = s.counters.evicted;
+    out["evicted"] = s.counters.evicted();
     return out;
 }
 
@@ -154,6 +154,9 @@ void bind_pool(nb::module_ &module) {
         .def("maintain", &Pool::maintain, nb::arg("idle"), nb::call_guard<nb::gil_scoped_release>(),
              "Does what neighbours, limits and the idle clock ask; returns blocks whose contents must be forgotten.")
         .def("attention", &Pool::attention)
+        .def("preempt_blocks", &Pool::preempt_blocks, nb::call_guard<nb::gil_scoped_release>(),
+             "Used blocks that must at least be given up by preempting, for a limit that was ordered to hold now. "
+             "Ask again after each preemption and maintain().")
         .def("ticket", &Pool::ticket)
         .def("mark_active", &Pool::mark_active)
         .def("poll", &Pool::poll, nb::call_guard<nb::gil_scoped_release>())

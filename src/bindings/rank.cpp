@@ -14,8 +14,10 @@ namespace {
 std::unique_ptr<Rank> attach(std::shared_ptr<Driver> driver, std::shared_ptr<PageTable> table,
                              std::shared_ptr<Tenant> tenant, std::uint32_t rank, std::uint64_t spans,
                              std::uint64_t span_bytes, std::uint64_t page_bytes) {
-    RankHooks hooks{[tenant](std::int64_t bytes) { tenant->add_mapped(bytes); },
-                    [tenant](std::uint64_t bytes) { tenant->give(bytes); }};
+    RankHooks hooks{
+        [tenant](std::int64_t bytes) { tenant->add_mapped(bytes); },
+        [tenant](std::uint64_t bytes) { tenant->give(bytes); },
+        [tenant](bool mapped, std::uint64_t ns) { tenant->observe(mapped ? Latency::map : Latency::unmap, ns); }};
     const RankOptions options{rank, spans, span_bytes, page_bytes};
     return unwrap(
         without_gil([&] { return Rank::attach(std::move(driver), std::move(table), options, std::move(hooks)); }));

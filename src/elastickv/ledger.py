@@ -17,11 +17,14 @@ from elastickv.errors import NotFound
 __all__ = [
     "Counters",
     "DeviceView",
+    "Histogram",
+    "Histograms",
     "Limit",
     "TenantView",
     "Usage",
     "open_ledger",
     "order_limit",
+    "order_trim",
     "read_device",
 ]
 
@@ -47,13 +50,65 @@ class Usage:
 
 @dataclass(frozen=True)
 class Counters:
-    """Since the tenant joined: leases refused, cached blocks dropped, give-backs asked, answered and answered late."""
+    """Since the tenant joined: leases refused, cached blocks dropped, give-backs asked, answered and answered late.
+
+    Blocks are dropped for the tenant's own need, for a neighbour, for an order (a lowered limit, a trim), because the
+    engine was idle for long, or because the cache was above its own byte budget.
+    """
 
     misses: int = 0
-    evicted: int = 0
+    evicted_need: int = 0
+    evicted_neighbour: int = 0
+    evicted_limit: int = 0
+    evicted_idle: int = 0
+    evicted_budget: int = 0
     asked: int = 0
     answered: int = 0
     late: int = 0
+
+    @property
+    def evicted(self) -> int:
+        """Cached blocks dropped, for whatever cause."""
+        return self.evicted_need + self.evicted_neighbour + self.evicted_limit + self.evicted_idle + self.evicted_budget
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How long something took, since the tenant joined, in microseconds.
+
+    `counts` has one more element than `bounds`: what took longer than the last bound. Not cumulative.
+    """
+
+    counts: tuple[int, ...]
+    sum: float
+
+    @property
+    def bounds(self) -> tuple[int, ...]:
+        """Upper bounds of the buckets, inclusive."""
+        return _core.LATENCY_BOUNDS_US
+
+    @property
+    def count(self) -> int:
+        """Samples in all."""
+        return sum(self.counts)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Histogram:
+        """One of a row's `histograms`."""
+        return cls(counts=tuple(values["counts"]), sum=values["sum_ns"] / 1000)
+
+
+@dataclass(frozen=True)
+class Histograms:
+    """What a tenant's processes measure.
+
+    `lease_wait`: an allocation's wait for the neighbours, granted in the end or not. `map`, `unmap`: one extent, with
+    all driver calls it took.
+    """
+
+    lease_wait: Histogram
+    map: Histogram
+    unmap: Histogram
 
 
 @dataclass(frozen=True)
@@ -71,11 +126,14 @@ class TenantView:
     floor: int
     leased: int
     static_bytes: int
+    static_used: int
     mapped: int
     limit_wanted: int | None
     limit_wanted_rev: int
+    limit_now: bool
     limit_held: int | None
     limit_held_rev: int
+    trim_wanted: int
     weight: int
     priority: int
     demand: int
@@ -84,6 +142,7 @@ class TenantView:
     page_bytes: int
     usage: Usage
     counters: Counters
+    histograms: Histograms
 
     @property
     def held(self) -> int:
@@ -104,7 +163,15 @@ class TenantView:
     def from_dict(cls, row: Mapping[str, Any]) -> TenantView:
         """One element of `_core.Ledger.view()["tenants"]`."""
         values = {field.name: row[field.name] for field in fields(cls)}
-        return cls(**{**values, "usage": Usage(**row["usage"]), "counters": Counters(**row["counters"])})
+        measured = {name: Histogram.from_dict(one) for name, one in row["histograms"].items()}
+        return cls(
+            **{
+                **values,
+                "usage": Usage(**row["usage"]),
+                "counters": Counters(**row["counters"]),
+                "histograms": Histograms(**measured),
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -168,12 +235,25 @@ def read_device(ledger: _core.Ledger) -> DeviceView:
     return DeviceView.from_dict(ledger.view())
 
 
-def order_limit(ledger: _core.Ledger, name: str, limit: int | None, timeout_ms: int) -> Limit:
+def order_limit(ledger: _core.Ledger, name: str, limit: int | None, timeout_ms: int, *, now: bool = False) -> Limit:
     """Orders a limit in bytes (None: no limit) and waits until the tenant has acknowledged it.
+
+    Running requests above it are left to end, unless `now`: then they are preempted, and the acknowledgement says that
+    the tenant holds no more than the limit.
 
     Raises NotFound for an unknown name, and for one that does not run: then the limit is kept for its restart.
     InvalidArgument under the floor; DeadlineExceeded when the tenant does not answer: no lease goes above it even so.
     """
-    revision = ledger.order_limit(name, limit)
+    revision = ledger.order_limit(name, limit, now)
     ledger.wait_limit(name, revision, timeout_ms)
     return Limit(limit, revision)
+
+
+def order_trim(ledger: _core.Ledger, name: str, size: int, timeout_ms: int) -> int:
+    """Has a tenant give back `size` bytes once: free pages first, then cached ones, never used ones or its floor.
+
+    Returns the bytes that it gives, which may be less or (whole extents) more; the device has them once the tenant's
+    running step is through. Raises NotFound for a name that is unknown or does not run, InvalidArgument for no bytes,
+    DeadlineExceeded when the tenant does not answer: the order stays open.
+    """
+    return ledger.wait_trim(name, ledger.order_trim(name, size), timeout_ms)

@@ -60,28 +60,43 @@ class FakeTenant : public Tenant {
     Ask ask() override {
         const std::scoped_lock lock(mutex_);
         Ask out = asked_;
-        out.over_limit = leased_.load() > limit.bytes ? leased_.load() - limit.bytes : 0;
         return out;
     }
     bool pressed() noexcept override {
         const std::scoped_lock lock(mutex_);
-        return asked_.cached != 0 || asked_.mapped_free != 0 || limit.revision != held.revision;
+        return asked_.cached != 0 || asked_.mapped_free != 0 || limit.revision != held.revision ||
+               trim.revision != trimmed.revision;
+    }
+    Trim trim_wanted() const noexcept override { return trim; }
+    Trim trim_done() const noexcept override { return trimmed; }
+    void acknowledge_trim(const Trim &given) noexcept override { trimmed = given; }
+    void publish_static_used(std::uint64_t) noexcept override {}
+    void observe(Latency what, std::uint64_t ns) noexcept override {
+        ++samples[static_cast<std::size_t>(what)];
+        sample_ns[static_cast<std::size_t>(what)] += ns;
     }
     void answered() noexcept override { set_asked({}); }
     Limit limit_wanted() const noexcept override { return limit; }
     Limit limit_held() const noexcept override { return held; }
     void acknowledge_limit(const Limit &now) noexcept override { held = now; }
     std::uint64_t leased() const noexcept override { return leased_.load(); }
-    std::uint64_t static_bytes() const noexcept override { return 0; }
+    std::uint64_t static_bytes() const noexcept override { return fixed; }
     std::uint64_t floor() const noexcept override { return floor_bytes; }
     std::uint64_t headroom() override {
         return std::min(budget_->capacity - budget_->leased.load(),
                         limit.bytes - std::min(limit.bytes, leased_.load()));
     }
-    void publish(const Usage &now, const Counters &) noexcept override { usage = now; }
+    void publish(const Usage &now, const Counters &all) noexcept override {
+        usage = now;
+        counters = all;
+    }
     void add_mapped(std::int64_t bytes) noexcept override { mapped.fetch_add(bytes); }
 
     Limit limit, held;
+    Trim trim, trimmed;
+    std::uint64_t fixed = 0;
+    Counters counters;
+    std::array<std::atomic<std::uint64_t>, kLatencies> samples{}, sample_ns{};
     std::uint64_t floor_bytes = 0;
     Usage usage;
     std::atomic<std::int64_t> mapped{0};

@@ -355,12 +355,12 @@ TEST("ledger: asks are counted, and so is who answers late") {
     CHECK_OK(c->lease(4 * MiB, false));
     Usage usage;
     usage.cached = 4 * MiB;
-    a->publish(usage, {3, 4, 0, 0, 0});
+    a->publish(usage, {.misses = 3, .evicted_need = 4});
     CHECK(b->lease(MiB, true).code() == Code::unavailable);
     CHECK(b->lease(MiB, true).code() == Code::unavailable);
     TenantView row = row_of(ledger, "a");
     CHECK_EQ(row.counters.asked, 1U);  // one ask stands open, however often it is repeated
-    CHECK_EQ(row.counters.misses + row.counters.evicted, 7U);
+    CHECK_EQ(row.counters.misses + row.counters.evicted(), 7U);
     CHECK_EQ(row_of(ledger, "c").counters.asked, 0U);
     CHECK_EQ(a->ask().cached, MiB);
     a->answered();

@@ -170,8 +170,8 @@ TEST("ledger files: each damaged or foreign field of the header is named") {
     };
     with([](auto &h) { h.magic = 7; });
     expect_corrupt(directory, "magic number is 7, expected " + std::to_string(lg::kMagic));
-    with([](auto &h) { h.version = 2; });
-    expect_corrupt(directory, "format version is 2, expected 1");
+    with([](auto &h) { h.version = lg::kFormatVersion + 1; });
+    expect_corrupt(directory, "format version is 3, expected 2");
     with([](auto &h) { h.header_bytes = 8; });
     expect_corrupt(directory, "header size is 8, expected " + std::to_string(sizeof(lg::Header)));
     with([](auto &h) { h.row_bytes = 9; });
@@ -230,7 +230,8 @@ TEST("ledger files: a file of an earlier boot is replaced, unless somebody lives
     const Status lives = try_open(directory, 8 * MiB).status();
     CHECK(lives.code() == Code::corrupt);
     CHECK_EQ(lives.message(), "'" + path +
-                                  "' was written under another boot of this machine, yet tenants live on it; share a "
+                                  "' was written by an earlier elastickv, or under another boot of this machine, yet "
+                                  "tenants live on it; stop them first, and share a "
                                   "ledger directory only among processes of one machine");
     a.reset();
     CHECK(try_open(directory, 0).status().code() == Code::not_found);
@@ -238,6 +239,34 @@ TEST("ledger files: a file of an earlier boot is replaced, unless somebody lives
     CHECK_EQ(fresh->view().value().capacity, 16 * MiB);
     CHECK(fresh->view().value().tenants.empty());
     CHECK(std::string(header_of(path).boot_id.data()) != std::string(old.boot_id.data()));
+}
+
+TEST("ledger files: a file of an earlier format is replaced, unless somebody lives on it") {
+    Directory directory;
+    const std::string path = directory.file("host.ledger");
+    auto ledger = open(directory, 8 * MiB);
+    auto a = join(ledger, "a");
+    lg::ConstantHeader old = header_of(path);
+    old.version = 1;
+    old.row_bytes = 1024;
+    write_header(path, old);
+    CHECK_EQ(std::filesystem::file_size(path), sizeof(lg::File));
+    std::filesystem::resize_file(path, sizeof(lg::Header) + 64 * 1024);  // its size, too, was another
+    const Status lives = try_open(directory, 8 * MiB).status();
+    CHECK(lives.code() == Code::corrupt);
+    CHECK(lives.message().starts_with("'" + path + "' was written by an earlier elastickv, or under another boot"));
+    std::filesystem::resize_file(path, sizeof(lg::File));
+    a.reset();
+    CHECK(try_open(directory, 0).status().code() == Code::not_found);
+    lg::ConstantHeader bent = old;
+    bent.row_bytes = 7;  // without its checksum this is damage, not another version
+    overwrite(path, 0, bent);
+    expect_corrupt(directory, "format version is 1, expected " + std::to_string(lg::kFormatVersion));
+    overwrite(path, 0, old);
+    auto fresh = open(directory, 16 * MiB);
+    CHECK_EQ(fresh->view().value().capacity, 16 * MiB);
+    CHECK_EQ(header_of(path).version, lg::kFormatVersion);
+    CHECK_OK(join(fresh, "a")->lease(16 * MiB, false));
 }
 
 TEST("ledger files: removing files under living tenants is noticed") {

@@ -37,8 +37,9 @@ template <std::size_t N> struct Text {
     std::string load() const;
 };
 
-// An order, or the answer to one, with its revision, readable without the lock and never torn: the new pair is written beside the one in
-// force, then `sequence` switches over. A writer that dies in between has changed nothing. Writers hold the mutex.
+// An order, or the answer to one, with its revision, readable without the lock and never torn: the new pair is written
+// beside the one in force, then `sequence` switches over. A writer that dies in between has changed nothing. Writers
+// hold the mutex.
 struct Revised {
     struct Pair {
         Word bytes, revision, now;
@@ -126,8 +127,8 @@ std::uint64_t header_checksum(const ConstantHeader &header) noexcept;
 ConstantHeader make_constant_header(const std::string &boot_id, const std::string &device,
                                     std::uint64_t alive_inode) noexcept;
 
-// Wipes what belongs to one life of a tenant (leases, demand, usage, open trims, measurements); keeps the name and the wanted limit.
-// The order is such that a reader without the lock sees the row as dead first.
+// Wipes what belongs to one life of a tenant (leases, demand, usage, open trims, measurements); keeps the name and the
+// wanted limit. The order is such that a reader without the lock sees the row as dead first.
 void clear_life(Row &row) noexcept;
 
 template <std::size_t N> void Text<N>::store(const std::string &value) noexcept {

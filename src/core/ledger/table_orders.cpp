@@ -59,7 +59,6 @@ Result<std::uint64_t> TableLedger::order_trim(const std::string &name, std::uint
         }
         revision = table_->header().revision.fetch_add(1, std::memory_order_relaxed) + 1;
         table_->row(slot).trim_wanted.store({bytes, revision, false});
-        (void)fault::point("ledger.trim.ordered");
     }
     futex_ring(table_->row(slot).bell);
     return revision;
@@ -77,7 +76,7 @@ Status TableLedger::wait_answer(const std::string &name, std::uint64_t timeout_m
             table_->reap();
             const int slot = table_->find_name(name);
             if (slot < 0) return unknown_name(name);
-            const Result<bool> answered = look(slot);
+            Result<bool> answered = look(slot);
             if (!answered.ok()) return answered.status();
             if (*answered) return {};
         }
@@ -111,10 +110,9 @@ Status TableLedger::wait_limit(const std::string &name, std::uint64_t revision, 
         return held.revision >= revision;
     };
     return wait_answer(name, timeout_ms, interrupted, look, [&] {
-        const std::string late =
-            "did not acknowledge revision " + std::to_string(revision) + " of its limit within " +
-            human_ms(timeout_ms) + "; it holds revision " + std::to_string(held.revision) + " (" +
-            limit_text(held.bytes) + "). No new lease goes above the new limit";
+        const std::string late = "did not acknowledge revision " + std::to_string(revision) + " of its limit within " +
+                                 human_ms(timeout_ms) + "; it holds revision " + std::to_string(held.revision) + " (" +
+                                 limit_text(held.bytes) + "). No new lease goes above the new limit";
         if (wanted.now && holds > wanted.bytes)
             return late + "; it still has " + human_bytes(holds) + ", running requests included";
         return late + "; is the engine stuck?";

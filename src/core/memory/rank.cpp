@@ -277,8 +277,7 @@ void Rank::map_extent(std::uint32_t page, const Wanted &wanted) noexcept {
     const std::uint64_t bytes = extent_bytes(extent.pages);
     extents_.emplace(page, std::move(extent));
     slot_.mapped_bytes.fetch_add(bytes, std::memory_order_relaxed);
-    slot_.maps.fetch_add(1, std::memory_order_relaxed);
-    slot_.map_ns.fetch_add(monotonic_ns() - start, std::memory_order_relaxed);
+    count(true, start);
     hooks_.mapped(static_cast<std::int64_t>(bytes));
     if (!clearing.empty()) {
         clearing_.push_back({page, wanted.generation, monotonic_ns(), std::move(clearing)});
@@ -306,8 +305,7 @@ void Rank::unmap_extent(std::uint32_t page, const Wanted &wanted) noexcept {
         }
         extents_.erase(found);
         slot_.mapped_bytes.fetch_sub(bytes, std::memory_order_relaxed);
-        slot_.unmaps.fetch_add(1, std::memory_order_relaxed);
-        slot_.unmap_ns.fetch_add(monotonic_ns() - start, std::memory_order_relaxed);
+        count(false, start);
         hooks_.mapped(-static_cast<std::int64_t>(bytes));
     }
     // The answer goes first: a pool that sees the lease back must also see the page gone.
@@ -315,6 +313,13 @@ void Rank::unmap_extent(std::uint32_t page, const Wanted &wanted) noexcept {
     answer(page, wanted.generation, So::unmapped);
     (void)fault::point("memory.unmap.answered");
     hooks_.give(bytes);
+}
+
+void Rank::count(bool mapped, std::uint64_t start_ns) noexcept {
+    const std::uint64_t took = monotonic_ns() - start_ns;
+    (mapped ? slot_.maps : slot_.unmaps).fetch_add(1, std::memory_order_relaxed);
+    (mapped ? slot_.map_ns : slot_.unmap_ns).fetch_add(took, std::memory_order_relaxed);
+    if (hooks_.took) hooks_.took(mapped, took);
 }
 
 void Rank::answer(std::uint32_t page, std::uint32_t generation, So so) noexcept {

@@ -34,6 +34,8 @@ struct RankOptions {
 struct RankHooks {
     std::function<void(std::int64_t)> mapped;
     std::function<void(std::uint64_t)> give;
+    // One extent was mapped (true) or unmapped, which took so many ns with all its driver calls.
+    std::function<void(bool, std::uint64_t)> took = {};
 };
 
 class Rank {
@@ -87,6 +89,7 @@ class Rank {
     bool poll_clearing() noexcept;
     bool being_cleared(std::uint32_t page, std::uint32_t generation) const noexcept;
     void wait_cleared(std::vector<std::unique_ptr<Fence>> &fences) const noexcept;
+    void count(bool mapped, std::uint64_t start_ns) noexcept;
     void answer(std::uint32_t page, std::uint32_t generation, So so) noexcept;
     void note_failure(const std::string &text) noexcept;
     std::uint64_t extent_bytes(std::uint32_t pages) const noexcept {

@@ -69,7 +69,6 @@ void Pool::empty_extent(std::uint32_t head, std::vector<std::uint32_t> &evicted)
         if (state_[block] != BlockState::cached) continue;
         set_state(block, BlockState::free);
         evicted.push_back(block);
-        ++counters_.evicted;
     }
 }
 

@@ -10,6 +10,8 @@
 namespace elastickv {
 namespace {
 
+constexpr std::uint64_t kLookUs = 250'000;           // an idle pool looks at its neighbours at least this often
+constexpr std::uint64_t kOpenOrderUs = 10'000;       // while pages are to come back for a limit
 constexpr std::uint64_t kMaintainPauseNs = 500'000;  // a pressed pool with nothing to give is not asked every step
 
 }  // namespace
@@ -65,14 +67,61 @@ void Pool::ordered(std::uint64_t given, std::uint64_t ticket, std::uint64_t now)
     maintain_again_ns_.store(now + (given != 0 ? 0 : kMaintainPauseNs), std::memory_order_relaxed);
 }
 
-// Before an allocation under pressure: free pages that others have the better claim to go first, so that whoever
-// frees and allocates in a loop cannot keep a page from a neighbour who waits for it. Evicts nothing.
+// Before an allocation under pressure: free pages that others have the better claim to, or that are above the limit,
+// go first, so that whoever frees and allocates in a loop cannot keep a page from a neighbour who waits for it.
+// Evicts nothing.
 void Pool::answer_with_free() {
+    if (!attention()) return;
     const std::uint64_t now = monotonic_ns();
-    if (!leases_.pressed() || now < maintain_again_ns_.load(std::memory_order_relaxed)) return;
     publish();
     const std::uint64_t ticket = table_->header().ticket.load(std::memory_order_relaxed) + 1;
-    ordered(give_free(leases_.ask().free, leases_.floor_pages(), ticket), ticket, now);
+    std::uint64_t given = give_free(over_limit(false), 0, ticket);
+    const std::uint64_t lent = leases_.pressed() ? leases_.ask().free : 0;
+    if (given < lent) given += give_free(lent - given, leases_.floor_pages(), ticket);
+    ordered(given, ticket, now);
+}
+
+// What the limit, the neighbours and trims ask, in this order.
+Pool::Given Pool::give_asked(std::uint64_t floor, std::uint64_t ticket, std::vector<std::uint32_t> &evicted) {
+    const auto evict = [&](std::uint64_t pages, std::uint64_t keep, std::uint64_t &counter) {
+        const std::size_t before = evicted.size();
+        const std::uint64_t given = evict_extents(pages, keep, ticket, evicted);
+        counter += evicted.size() - before;
+        return given;
+    };
+    const bool orders = leases_.read_orders();
+    // A lowered limit may cut below what the floor keeps from the neighbours: its order is the operator's own.
+    const std::uint64_t over = over_limit(false);
+    std::uint64_t given = give_free(over, 0, ticket);
+    if (given < over) given += evict(over - given, 0, counters_.evicted_limit);
+    const PageAsk ask = leases_.pressed() ? leases_.ask() : PageAsk{};
+    const std::uint64_t lent = ask.free + ask.cached;
+    if (given < lent) given += give_free(lent - given, floor, ticket);
+    if (given < lent && ask.cached != 0)
+        given += evict(std::min(ask.cached, lent - given), floor, counters_.evicted_neighbour);
+    if (!orders) return {given, 0};
+    const std::uint64_t trim = leases_.trim();
+    std::uint64_t trimmed = give_free(trim, floor, ticket);
+    if (trimmed < trim) trimmed += evict(trim - trimmed, floor, counters_.evicted_limit);
+    return {given + trimmed, trimmed};
+}
+
+// What the idle clock releases.
+std::uint64_t Pool::give_idle(std::uint64_t now, std::uint64_t floor, std::uint64_t ticket,
+                              std::vector<std::uint32_t> &evicted) {
+    const std::uint64_t active = last_active_ns_.load(std::memory_order_relaxed);
+    const std::uint64_t quiet_us = now > active ? (now - active) / 1000 : 0;
+    if (quiet_us < options_.idle_release_us) return 0;
+    std::uint64_t given = 0;
+    if (options_.cache_release_us != kNever && quiet_us >= options_.cache_release_us) {
+        const std::size_t before = evicted.size();
+        given = evict_extents(num_pages_, floor, ticket, evicted);
+        counters_.evicted_idle += evicted.size() - before;
+    }
+    given += give_free(num_pages_, floor, ticket);
+    released_free_for_ = active;
+    if (quiet_us >= options_.cache_release_us) released_cache_for_ = active;
+    return given;
 }
 
 std::vector<std::uint32_t> Pool::maintain(bool idle) {
@@ -81,50 +130,43 @@ std::vector<std::uint32_t> Pool::maintain(bool idle) {
     poll_locked();
     const std::uint64_t now = monotonic_ns();
     publish();  // what is asked of us depends on what we say we hold
-
-    const bool limit_open = leases_.limit_open();
-    PageAsk ask;
-    if (limit_open || leases_.pressed()) ask = leases_.ask();
     const std::uint64_t floor = leases_.floor_pages();
     const std::uint64_t ticket = table_->header().ticket.load(std::memory_order_relaxed) + 1;
-    std::uint64_t given = 0;
-    if (ask.any()) {
-        // A lowered limit may cut below what the floor keeps from the neighbours: its order is the operator's own.
-        given = give_free(ask.over_limit, 0, ticket);
-        if (given < ask.over_limit) given += evict_extents(ask.over_limit - given, 0, ticket, evicted);
-        const std::uint64_t lent = ask.free + ask.cached;
-        if (given < lent) given += give_free(lent - given, floor, ticket);
-        if (given < lent && ask.cached != 0)
-            given += evict_extents(std::min(ask.cached, lent - given), floor, ticket, evicted);
-    }
-    const std::uint64_t active = last_active_ns_.load(std::memory_order_relaxed);
-    const std::uint64_t quiet_us = now > active ? (now - active) / 1000 : 0;
-    if (idle && quiet_us >= options_.idle_release_us) {
-        if (options_.cache_release_us != kNever && quiet_us >= options_.cache_release_us)
-            given += evict_extents(num_pages_, floor, ticket, evicted);
-        given += give_free(num_pages_, floor, ticket);
-        released_free_for_ = active;
-        if (quiet_us >= options_.cache_release_us) released_cache_for_ = active;
-    }
-    ordered(given, ticket, now);
-    if (limit_open) leases_.acknowledge_limits();
+    Given given = give_asked(floor, ticket, evicted);
+    if (idle) given.pages += give_idle(now, floor, ticket, evicted);
+    ordered(given.pages, ticket, now);
+    publish();  // before the answers: who waited for them may look at once
+    leases_.answer_orders(given.trimmed);
     leases_.answered();
-    publish();
     return evicted;
 }
 
 bool Pool::attention() noexcept {
-    return leases_.pressed() && monotonic_ns() >= maintain_again_ns_.load(std::memory_order_relaxed);
+    return (above_limit_.load(std::memory_order_relaxed) || leases_.pressed()) &&
+           monotonic_ns() >= maintain_again_ns_.load(std::memory_order_relaxed);
+}
+
+std::uint32_t Pool::preempt_blocks() {
+    const std::scoped_lock lock(mutex_);
+    if (poll_locked()) publish();
+    const std::uint64_t over = over_limit(true);
+    const std::uint64_t spare = held_pages_ + lost_pages_ - usage_.used;  // free, cached, or being mapped
+    if (over <= spare) return 0;
+    const std::uint64_t bytes = (over - spare) * options_.page_bytes;
+    return static_cast<std::uint32_t>(
+        std::min<std::uint64_t>((bytes + options_.block_bytes - 1) / options_.block_bytes, used()));
 }
 
 // When maintain(idle) would next have something to release by the clock; capped, so that a thread that waits for it
 // also notices answers and deaths.
 std::uint64_t Pool::next_deadline_us(bool idle) {
-    constexpr std::uint64_t most = 250'000;
     const std::scoped_lock lock(mutex_);
     poll_locked();
     const std::uint64_t now = monotonic_ns();
     publish();
+    leases_.settle_limits();
+    const bool soon = leases_.limit_open() || above_limit_.load(std::memory_order_relaxed);
+    const std::uint64_t most = soon ? kOpenOrderUs : kLookUs;
     if (!idle) return most;
     const std::uint64_t floor = leases_.floor_pages(), active = last_active_ns_.load(std::memory_order_relaxed);
     const std::uint64_t quiet_us = now > active ? (now - active) / 1000 : 0;

@@ -11,6 +11,7 @@ namespace elastickv {
 namespace {
 
 constexpr std::uint64_t kWaitSliceUs = 2'000;        // a lost wake-up costs at most this
+constexpr std::uint64_t kLapseNs = 100'000'000;      // a wait that is not renewed is over, as the ledger's demand is
 constexpr std::uint64_t kStockRetryNs = 50'000'000;  // after a refusal the stock is not asked for again at once
 
 }  // namespace
@@ -174,6 +175,7 @@ bool Pool::poll_locked() {
 void Pool::poll() {
     const std::scoped_lock lock(mutex_);
     if (poll_locked()) publish();
+    leases_.settle_limits();
 }
 
 // Leases and orders what `shortfall` blocks need, whole or not at all.
@@ -232,7 +234,7 @@ void Pool::keep_stock() {
 bool Pool::ensure_fast(std::uint32_t n) {
     const std::scoped_lock lock(mutex_);
     poll_locked();
-    if (free_blocks_.count() < n || attention()) return false;
+    if (free_blocks_.count() < n || attention() || waits_since_ns_ != 0) return false;
     keep_stock();
     return true;
 }
@@ -242,15 +244,36 @@ std::uint32_t Pool::ensure(std::uint32_t n, bool patient) {
     return ensure_locked(n, patient, lock);
 }
 
+// Measures how long the neighbours were waited for. A patient call ends its own wait; impatient ones that are repeated
+// are one wait, from the first refusal to the grant, or to the last refusal if nobody asks again.
+void Pool::note_wait(std::uint64_t start, std::uint64_t waited_ns, bool starved, bool patient) noexcept {
+    if (waits_since_ns_ != 0 && start > refused_ns_ + kLapseNs) {
+        leases_.observe(Latency::lease_wait, refused_ns_ - waits_since_ns_);
+        waits_since_ns_ = 0;
+    }
+    const std::uint64_t now = monotonic_ns();
+    if (starved && !patient) {
+        if (waits_since_ns_ == 0) waits_since_ns_ = start;
+        refused_ns_ = now;
+    } else if (waits_since_ns_ != 0) {
+        leases_.observe(Latency::lease_wait, now - waits_since_ns_);
+        waits_since_ns_ = 0;
+    } else if (waited_ns != 0) {
+        leases_.observe(Latency::lease_wait, waited_ns);
+    }
+}
+
 std::uint32_t Pool::ensure_locked(std::uint32_t n, bool patient, std::unique_lock<std::mutex> &lock) {
     const std::uint64_t patience_us = patient ? options_.give_back_wait_us : 0;
     poll_locked();
     answer_with_free();
+    const std::uint64_t start = monotonic_ns();
     if (free_blocks_.count() >= n) {
+        note_wait(start, 0, false, patient);
         keep_stock();
         return available();
     }
-    const std::uint64_t start = monotonic_ns();
+    std::uint64_t waited_ns = 0;
     const std::uint64_t failures = map_failures_;
     bool rang = false, counted = false;
     while (free_blocks_.count() < n) {
@@ -273,7 +296,9 @@ std::uint32_t Pool::ensure_locked(std::uint32_t n, bool patient, std::unique_loc
                 if (coming_ == 0) break;
             } else if (coming_ == 0) {
                 lock.unlock();
+                const std::uint64_t slept = monotonic_ns();
                 leases_.wait_freed(seen_freed, std::min(kWaitSliceUs, patience_us - waited_us));
+                waited_ns += monotonic_ns() - slept;
                 lock.lock();
                 poll_locked();
                 continue;
@@ -288,6 +313,7 @@ std::uint32_t Pool::ensure_locked(std::uint32_t n, bool patient, std::unique_loc
         }
         poll_locked();
     }
+    note_wait(start, waited_ns, rang && available() < n, patient);
     if (rang && free_blocks_.count() >= n) leases_.withdraw();  // else the demand stands until it expires
     mark_active();
     publish();

@@ -45,7 +45,6 @@ PageAsk Leases::ask() {
         const Ask ask = share.tenant->ask();
         sum.free = std::max(sum.free, pages_up(ask.mapped_free + ask.as_freed, share.page_cost));
         sum.cached = std::max(sum.cached, pages_up(ask.cached, share.page_cost));
-        sum.over_limit = std::max(sum.over_limit, pages_up(ask.over_limit, share.page_cost));
     }
     return sum;
 }
@@ -59,17 +58,61 @@ void Leases::answered() noexcept {
 }
 
 bool Leases::limit_open() const noexcept {
-    return std::any_of(shares_.begin(), shares_.end(), [](const Share &s) {
-        return s.tenant->limit_wanted().revision != s.tenant->limit_held().revision;
-    });
+    return std::any_of(shares_.begin(), shares_.end(),
+                       [](const Share &s) { return open(*s.tenant, s.tenant->limit_wanted()); });
 }
 
-void Leases::acknowledge_limits() noexcept {
-    for (auto &share : shares_) {
-        const Tenant::Limit wanted = share.tenant->limit_wanted();
-        if (wanted.revision != share.tenant->limit_held().revision) share.tenant->acknowledge_limit(wanted);
+bool Leases::read_orders() {
+    bool any = false;
+    for (std::size_t i = 0; i < shares_.size(); ++i) {
+        const Tenant &tenant = *shares_[i].tenant;
+        Order &order = orders_[i];
+        order.limit = tenant.limit_wanted();
+        order.limit_open = open(tenant, order.limit);
+        order.trim = tenant.trim_wanted();
+        order.trim_open = order.trim.revision != tenant.trim_done().revision;
+        any = any || order.limit_open || order.trim_open;
+    }
+    return any;
+}
+
+std::uint64_t Leases::trim() const noexcept {
+    std::uint64_t pages = 0;
+    for (std::size_t i = 0; i < shares_.size(); ++i)
+        if (orders_[i].trim_open) pages = std::max(pages, pages_up(orders_[i].trim.bytes, shares_[i].page_cost));
+    return pages;
+}
+
+void Leases::answer_orders(std::uint64_t trimmed) noexcept {
+    for (std::size_t i = 0; i < shares_.size(); ++i) {
+        Tenant &tenant = *shares_[i].tenant;
+        const Order &order = orders_[i];
+        if (order.limit_open && (!order.limit.now || within(tenant, order.limit)))
+            tenant.acknowledge_limit(order.limit);
+        if (order.trim_open) tenant.acknowledge_trim({trimmed * shares_[i].page_cost, order.trim.revision});
     }
 }
+
+void Leases::settle_limits() noexcept {
+    for (auto &share : shares_) {
+        const Tenant::Limit wanted = share.tenant->limit_wanted();
+        if (wanted.now && open(*share.tenant, wanted) && within(*share.tenant, wanted))
+            share.tenant->acknowledge_limit(wanted);
+    }
+}
+
+std::uint64_t Leases::over_limit(std::uint64_t pages, bool now) const noexcept {
+    std::uint64_t over = 0;
+    for (const Share &share : shares_) {
+        const Tenant::Limit wanted = share.tenant->limit_wanted();
+        if (wanted.bytes == kNoLimit || (now && !wanted.now)) continue;
+        const std::uint64_t held = pages * share.page_cost + share.tenant->static_bytes();
+        if (held > wanted.bytes) over = std::max(over, pages_up(held - wanted.bytes, share.page_cost));
+    }
+    return std::min(over, pages);
+}
+
+void Leases::observe(Latency what, std::uint64_t ns) noexcept { shares_.front().tenant->observe(what, ns); }
 
 void Leases::publish(const PageUsage &usage, const Counters &counters) noexcept {
     for (auto &share : shares_) {

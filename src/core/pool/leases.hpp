@@ -10,11 +10,10 @@
 
 namespace elastickv {
 
-// What the policy and the limit ask of the pool, in pages. `free` counts pages that are free and, where others wait
+// What the policy asks of the pool, in pages. `free` counts pages that are free and, where others wait
 // for what is above this tenant's share, pages that become free: they go before they are used again.
 struct PageAsk {
-    std::uint64_t free = 0, cached = 0, over_limit = 0;
-    bool any() const noexcept { return free != 0 || cached != 0 || over_limit != 0; }
+    std::uint64_t free = 0, cached = 0;
 };
 
 struct PageUsage {
@@ -27,7 +26,7 @@ class Leases {
         std::shared_ptr<Tenant> tenant;
         std::uint64_t page_cost = 0;  // bytes that one page of the pool takes on this device, all its ranks together
     };
-    explicit Leases(std::vector<Share> shares) : shares_(std::move(shares)) {}
+    explicit Leases(std::vector<Share> shares) : shares_(std::move(shares)), orders_(shares_.size()) {}
 
     Status lease(std::uint64_t pages, bool ring);
     void give(std::uint64_t pages) noexcept;
@@ -37,15 +36,39 @@ class Leases {
     PageAsk ask();
     bool pressed() const noexcept;
     void answered() noexcept;
-    void acknowledge_limits() noexcept;
+    // Reads the operator's orders that are not answered yet; true: there is one. What is answered later is what was
+    // read here: an order that comes in between stays open.
+    bool read_orders();
+    std::uint64_t trim() const noexcept;  // pages that the trims seen by read_orders() ask for
+    // Answers what read_orders() saw: `trimmed` pages go for the trims. A limit that is to be reached now is left open
+    // while the tenant holds more.
+    void answer_orders(std::uint64_t trimmed) noexcept;
+    // Answers limits that are to be reached now and are.
+    void settle_limits() noexcept;
     bool limit_open() const noexcept;  // ordered and not acknowledged
+    // How many of `pages` are above the limit on some device; `now`: only under limits that allow to preempt.
+    std::uint64_t over_limit(std::uint64_t pages, bool now) const noexcept;
+    void observe(Latency what, std::uint64_t ns) noexcept;
     void publish(const PageUsage &usage, const Counters &counters) noexcept;
     std::uint32_t freed_word() const noexcept { return shares_.front().tenant->freed_word(); }
     void wait_freed(std::uint32_t seen, std::uint64_t timeout_us) noexcept;
     const std::vector<Share> &shares() const noexcept { return shares_; }
 
   private:
+    struct Order {
+        Tenant::Limit limit;
+        Tenant::Trim trim;
+        bool limit_open = false, trim_open = false;
+    };
+    static bool open(const Tenant &tenant, const Tenant::Limit &limit) noexcept {
+        return limit.revision != tenant.limit_held().revision;
+    }
+    static bool within(const Tenant &tenant, const Tenant::Limit &limit) noexcept {
+        return limit.bytes == kNoLimit || tenant.leased() + tenant.static_bytes() <= limit.bytes;
+    }
+
     std::vector<Share> shares_;
+    std::vector<Order> orders_;  // by share; the caller's lock guards them
 };
 
 }  // namespace elastickv

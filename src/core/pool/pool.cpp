@@ -44,10 +44,14 @@ Result<std::unique_ptr<Pool>> Pool::make(std::shared_ptr<PageTable> table, std::
 Status Pool::lease_patiently(std::uint64_t pages) {
     constexpr std::uint64_t slice_us = 10'000;
     const std::uint64_t until = monotonic_ns() + options_.map_deadline_us * 1'000U;
-    while (true) {
+    const std::uint64_t start = monotonic_ns();
+    for (bool waited = false;; waited = true) {
         const std::uint32_t seen = leases_.freed_word();
         Status leased = leases_.lease(pages, true);
-        if (leased.code() != Code::unavailable || monotonic_ns() >= until) return leased;
+        if (leased.code() != Code::unavailable || monotonic_ns() >= until) {
+            if (waited) leases_.observe(Latency::lease_wait, monotonic_ns() - start);
+            return leased;
+        }
         leases_.wait_freed(seen, slice_us);
     }
 }
@@ -135,7 +139,10 @@ void Pool::set_state(std::uint32_t block, BlockState to) noexcept {
     }
 }
 
-void Pool::publish() noexcept { leases_.publish(usage_, counters_); }
+void Pool::publish() noexcept {
+    leases_.publish(usage_, counters_);
+    above_limit_.store(usage_.free + usage_.cached != 0 && over_limit(false) != 0, std::memory_order_relaxed);
+}
 
 std::uint32_t Pool::available() const noexcept { return available_.load(std::memory_order_relaxed); }
 
@@ -154,7 +161,7 @@ void Pool::take_locked(std::span<std::uint32_t> out, std::uint32_t *evicted) noe
         }
         set_state(id, BlockState::used);
     }
-    counters_.evicted += *evicted;
+    counters_.evicted_need += *evicted;
     (void)fault::point("pool.take.done");
     mark_active();
     publish();

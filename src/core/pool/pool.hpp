@@ -74,6 +74,10 @@ class Pool {
     // contents at once), releases when idle. A ticket that grew must reach the ranks.
     std::vector<std::uint32_t> maintain(bool idle);
     bool attention() noexcept;
+    // How many used blocks must at least be given up, by preempting requests, for the tenant to come under a limit that
+    // was ordered to hold now; 0: none, for what is free and cached covers it or no such limit is open. Ask again after
+    // each preemption and maintain(): pages go only when every block on their extent is given up.
+    std::uint32_t preempt_blocks();
     std::uint64_t ticket() const noexcept { return table_->header().ticket.load(std::memory_order_acquire); }
     std::uint64_t next_deadline_us(bool idle);
     void mark_active() noexcept;
@@ -126,6 +130,9 @@ class Pool {
     void take_locked(std::span<std::uint32_t> out, std::uint32_t *evicted) noexcept;
 
     Status lease_patiently(std::uint64_t pages);
+    std::uint64_t over_limit(bool now) const noexcept {
+        return leases_.over_limit(held_pages_ + lost_pages_, now);  // what is leaving already does not count
+    }
 
     // growing (grow.cpp)
     std::uint32_t extent_target(std::uint64_t held) const noexcept;
@@ -136,6 +143,7 @@ class Pool {
     bool grow(std::uint32_t shortfall, bool ring, Status *why);
     bool grow_partly(std::uint32_t shortfall);
     void keep_stock();
+    void note_wait(std::uint64_t start, std::uint64_t waited_ns, bool starved, bool patient) noexcept;
     std::uint32_t ensure_locked(std::uint32_t n, bool patient, std::unique_lock<std::mutex> &lock);
     bool poll_locked();
     bool settle(std::uint32_t head);
@@ -145,6 +153,13 @@ class Pool {
     // giving back (give.cpp)
     void order_unmap(std::uint32_t head, bool fenced, std::uint64_t ticket);
     std::uint64_t give_free(std::uint64_t pages, std::uint64_t keep, std::uint64_t ticket);
+
+    struct Given {
+        std::uint64_t pages = 0, trimmed = 0;  // the latter are among the former
+    };
+    Given give_asked(std::uint64_t floor, std::uint64_t ticket, std::vector<std::uint32_t> &evicted);
+    std::uint64_t give_idle(std::uint64_t now, std::uint64_t floor, std::uint64_t ticket,
+                            std::vector<std::uint32_t> &evicted);
     void ordered(std::uint64_t given, std::uint64_t ticket, std::uint64_t now) noexcept;
     void answer_with_free();
 
@@ -181,10 +196,12 @@ class Pool {
     std::uint64_t held_pages_ = 0;  // mapping or mapped
     PageUsage usage_;
     std::uint64_t last_stock_miss_ns_ = 0;
+    std::uint64_t waits_since_ns_ = 0, refused_ns_ = 0;  // a wait for the neighbours over several calls of ensure()
     std::uint64_t released_free_for_ = 0, released_cache_for_ = 0;  // the activity after which the idle clock released
     std::uint64_t lost_pages_ = 0, map_failures_ = 0, grown_ = 0, returned_ = 0;
     Counters counters_;
     std::atomic<std::uint32_t> used_blocks_{0}, available_{0};
+    std::atomic<bool> above_limit_{false};  // and there are pages that could go
     std::atomic<std::uint64_t> maintain_again_ns_{0};
     std::atomic<std::uint64_t> last_active_ns_{0};
 };
