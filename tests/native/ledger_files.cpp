@@ -262,7 +262,7 @@ TEST("ledger files: a file of an earlier format is replaced, unless somebody liv
     bent.row_bytes = 7;  // without its checksum this is damage, not another version
     overwrite(path, 0, bent);
     expect_corrupt(directory, "format version is 1, expected " + std::to_string(lg::kFormatVersion));
-    overwrite(path, 0, old);
+    write_header(path, old);
     auto fresh = open(directory, 16 * MiB);
     CHECK_EQ(fresh->view().value().capacity, 16 * MiB);
     CHECK_EQ(header_of(path).version, lg::kFormatVersion);
