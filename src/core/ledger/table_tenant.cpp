@@ -281,7 +281,8 @@ bool TableTenant::pressed() noexcept {
             if (policy::demand_alive(claim, now)) return true;
         }
     }
-    return limit_wanted().revision != limit_held().revision || trim_wanted().revision != trim_done().revision || excess();
+    return limit_wanted().revision != limit_held().revision || trim_wanted().revision != trim_done().revision ||
+           excess();
 }
 
 void TableTenant::acknowledge_limit(const Limit &limit) noexcept {
