@@ -7,6 +7,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <csignal>
@@ -136,6 +137,26 @@ TEST("host driver: the file does not grow while holes fit") {
     }
     CHECK_EQ(must(file.take(10 * kMiB)), 0u);  // everything has joined again
     CHECK_EQ(contract::memfd_bytes(), 10 * kMiB);
+}
+
+TEST("host driver: memory that is faulted in, for huge pages, is whole, zero, and mapped nowhere") {
+    HostFile file;
+    CHECK_OK(file.open(true));
+    for (int round = 0; round < 2; ++round) {
+        const std::uint64_t first = must(file.take(4 * kMiB)), second = must(file.take(2 * kMiB));
+        CHECK_EQ(first % (2 * kMiB), 0u);
+        CHECK_EQ(contract::memfd_bytes(), 6 * kMiB);
+        CHECK_EQ(contract::memfd_smaps().size, 0u);
+        std::vector<unsigned char> bytes(6 * kMiB, 1);
+        CHECK_EQ(::pread(file.fd(), bytes.data(), bytes.size(), 0), static_cast<ssize_t>(bytes.size()));
+        CHECK(std::all_of(bytes.begin(), bytes.end(), [](unsigned char byte) { return byte == 0; }));
+        std::fill(bytes.begin(), bytes.end(), 7);
+        CHECK_EQ(::pwrite(file.fd(), bytes.data(), bytes.size(), 0), static_cast<ssize_t>(bytes.size()));
+        CHECK_OK(file.give(first, 4 * kMiB));
+        CHECK_EQ(contract::memfd_bytes(), 2 * kMiB);
+        CHECK_OK(file.give(second, 2 * kMiB));
+    }
+    CHECK_EQ(contract::memfd_bytes(), 0u);
 }
 
 TEST("host driver: a driver that goes takes with it what was never given back") {

@@ -124,7 +124,7 @@ HostDriver::~HostDriver() {
 }
 
 Status HostDriver::open() {
-    Status status = file_.open();
+    Status status = file_.open(page_bytes_ % kHugeBytes == 0 && huge_memory_files());
     if (status.ok()) watch_forks();
     return status;
 }

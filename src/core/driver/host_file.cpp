@@ -10,9 +10,15 @@
 
 #include "driver/text.hpp"
 
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23  // Linux 5.14
+#endif
+
 namespace elastickv {
 
 namespace {
+
+constexpr std::uint64_t kHugeBytes = std::uint64_t{2} << 20;
 
 // A signal undoes the whole running fallocate; pieces bound what is lost, tries bound the loop.
 constexpr std::uint64_t kPieceBytes = std::uint64_t{16} << 20;
@@ -32,7 +38,8 @@ HostFile::~HostFile() {
     if (fd_ >= 0) ::close(fd_);
 }
 
-Status HostFile::open() {
+Status HostFile::open(bool huge) {
+    huge_ = huge;
     fd_ = ::memfd_create("elastickv", MFD_CLOEXEC);
     if (fd_ >= 0) return {};
     return {Code::driver, "memfd_create for the host memory failed: " + errno_text(errno) +
@@ -96,7 +103,25 @@ void HostFile::give_offset(std::uint64_t offset, std::uint64_t bytes) {
     }
 }
 
+// What fails here leaves smaller pages to allocate(), which has the last word.
+void HostFile::fault_in_huge(std::uint64_t offset, std::uint64_t bytes) const noexcept {
+    void *raw = ::mmap(nullptr, bytes + kHugeBytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (raw == MAP_FAILED) return;
+    const auto start = reinterpret_cast<std::uintptr_t>(raw);
+    void *at = reinterpret_cast<void *>((start + kHugeBytes - 1) / kHugeBytes * kHugeBytes);
+    bool mapped = false;
+    {
+        std::lock_guard guard(mutex_);  // a mapping of the file must not be forked before it is marked
+        mapped = ::mmap(at, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd_, static_cast<off_t>(offset)) !=
+                     MAP_FAILED &&
+                 ::madvise(at, bytes, MADV_DONTFORK) == 0;
+    }
+    if (mapped && ::madvise(at, bytes, MADV_HUGEPAGE) == 0) ::madvise(at, bytes, MADV_POPULATE_WRITE);
+    ::munmap(raw, bytes + kHugeBytes);
+}
+
 int HostFile::allocate(std::uint64_t offset, std::uint64_t bytes) const noexcept {
+    if (huge_) fault_in_huge(offset, bytes);
     for (std::uint64_t done = 0; done < bytes; done += kPieceBytes) {
         const int error = fallocate_retrying(fd_, 0, offset + done, std::min(kPieceBytes, bytes - done));
         if (error != 0) return error;

@@ -101,6 +101,13 @@ std::uint64_t available_host_bytes(std::uint64_t enough) {
     return std::min(meminfo_available(), group);
 }
 
+bool huge_memory_files() {
+    std::ifstream file("/sys/kernel/mm/transparent_hugepage/shmem_enabled");
+    std::string line;
+    return std::getline(file, line) && line.find("[never]") == std::string::npos &&
+           line.find("[deny]") == std::string::npos;
+}
+
 std::uint64_t mapped_ranges_limit() {
     constexpr std::uint64_t kKernelDefault = 65530;
     const std::uint64_t mappings = number_in("/proc/sys/vm/max_map_count").value_or(kKernelDefault);
