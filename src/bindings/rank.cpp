@@ -52,6 +52,11 @@ void bind_rank(nb::module_ &module) {
                 check(without_gil([&] { return self.wait_first_page(timeout_ms); }));
             },
             nb::arg("timeout_ms"))
+        .def("offer_reclaim", &Rank::offer_reclaim, nb::arg("offered"))
+        .def("wait_reclaim", &Rank::wait_reclaim, nb::arg("seen"), nb::arg("timeout_us"),
+             nb::call_guard<nb::gil_scoped_release>(),
+             "The newest request's number, once it is not `seen` or too late.")
+        .def("reclaimed", &Rank::reclaimed, nb::arg("request"))
         .def("close", &Rank::close, nb::call_guard<nb::gil_scoped_release>());
 }
 

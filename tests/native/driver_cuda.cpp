@@ -138,7 +138,7 @@ TEST("cuda driver: failures say what was tried, how much, which call, and the dr
 // A small structure is built and taken down; every library call in it fails once, and nothing stays that is not known.
 TEST("cuda driver: every library call may fail") {
     for (const char *function : {"cuMemAddressReserve", "cuMemCreate", "cuMemMap", "cuMemSetAccess", "cuMemsetD8Async",
-                                 "cuStreamCreate", "cuEventCreate", "cuEventRecord", "cuEventQuery", "cuCtxGetCurrent",
+                                 "cuStreamCreate", "cuEventCreate", "cuEventQuery", "cuCtxGetCurrent",
                                  "cuCtxSetCurrent", "cuDevicePrimaryCtxRetain", "cuDevicePrimaryCtxGetState"}) {
         const std::uint64_t leaked = leaked_calls();
         auto driver = fresh();
@@ -160,6 +160,25 @@ TEST("cuda driver: every library call may fail") {
         CHECK_OK(build());
         CHECK_EQ(leaked_calls(), leaked);
     }
+}
+
+TEST("cuda driver: a clearing whose fence cannot be recorded at once is fenced later, not abandoned") {
+    auto driver = fresh();
+    standin_strict(1);
+    Reservation range = must(Reservation::make(driver, kPage));
+    Physical memory = must(Physical::make(driver, kPage));
+    standin_hold_new_streams(1);
+    for (int nth = 1; nth <= 3; ++nth) standin_fail("cuEventRecord", nth, 1);
+    std::unique_ptr<Fence> clearing;
+    Mapping mapping = must(Mapping::make(driver, range.address(), kPage, memory.id(), &clearing));
+    CHECK(!clearing->done().ok());  // says so each time that it does not work
+    CHECK_EQ(code_of(driver->unmap(range.address(), kPage)), "driver");
+    CHECK(!must(clearing->done()));
+    CHECK_EQ(code_of(driver->unmap(range.address(), kPage)), "timeout");
+    standin_let_all_go();
+    CHECK(must(clearing->done()));
+    CHECK_OK(mapping.close());
+    CHECK_EQ(standin_violations(), 0u);
 }
 
 TEST("cuda driver: an undo that the library refuses leaves everything as it was") {

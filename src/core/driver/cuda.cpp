@@ -118,10 +118,10 @@ CudaDriver::~CudaDriver() {
             last = code == kSuccess || code == cuda::kDeinitialized ? last : code;
         };
         for (const auto &[address, bytes] : remains.mappings) {
-            if (check_cleared(address, bytes).ok()) note(table_.memory_unmap(address, bytes));
+            if (check_cleared(address, bytes).ok()) note(table_.memory_unmap.insist(address, bytes));
         }
-        for (const std::uint64_t key : remains.keys) note(table_.memory_release(key));
-        for (const auto &[address, bytes] : remains.reservations) note(table_.address_free(address, bytes));
+        for (const std::uint64_t key : remains.keys) note(table_.memory_release.insist(key));
+        for (const auto &[address, bytes] : remains.reservations) note(table_.address_free.insist(address, bytes));
         return last == kSuccess ? Status() : table_.failure("closing the driver", last, "giving memory back");
     });
     detail::count_leak(status);

@@ -97,7 +97,7 @@ Result<std::shared_ptr<Gpu>> Gpu::open(const std::string &device, const std::str
 
 Gpu::~Gpu() {
     // A failing release is of no consequence: the process keeps the context it had.
-    if (context_.load() != nullptr && !abandoned_) static_cast<void>(table_.context_release(device_));
+    if (context_.load() != nullptr && !abandoned_) static_cast<void>(table_.context_release.insist(device_));
 }
 
 Result<Context> Gpu::context() {
@@ -143,7 +143,7 @@ ContextScope::ContextScope(Gpu &gpu) : table_(gpu.table()) {
 
 ContextScope::~ContextScope() {
     // The context was current a moment ago; if it cannot be again, its owner's next call says so.
-    if (changed_) static_cast<void>(table_.context_set(before_));
+    if (changed_) static_cast<void>(table_.context_set.insist(before_));
 }
 
 }  // namespace elastickv::cuda

@@ -17,6 +17,7 @@ using Code = int;  // CUresult
 inline constexpr Code kSuccess = 0;
 inline constexpr Code kOutOfMemory = 2;
 inline constexpr Code kDeinitialized = 4;
+inline constexpr Code kInvalidHandle = 400;
 inline constexpr Code kNotReady = 600;
 
 using Device = int;
@@ -68,6 +69,11 @@ template <class... Arguments> struct Function {
     const char *name = nullptr;
     Code (*pointer)(Arguments...) = nullptr;
     Code operator()(Arguments... arguments) const noexcept { return pointer(arguments...); }
+    // For calls in destructors, which nobody can repeat: tried once more where the library refuses.
+    Code insist(Arguments... arguments) const noexcept {
+        const Code code = pointer(arguments...);
+        return code == kSuccess ? code : pointer(arguments...);
+    }
 };
 
 struct Table {

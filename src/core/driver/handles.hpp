@@ -97,8 +97,16 @@ class Physical {
 
     // Releases it now and says how that went. Owns nothing afterwards, whatever the outcome.
     Status close() noexcept {
-        const std::shared_ptr<Driver> driver = std::exchange(driver_, nullptr);
-        return driver ? driver->release(id_) : Status();
+        Status status = try_close();
+        driver_.reset();
+        return status;
+    }
+    // The same, but still owns it where the driver refuses.
+    Status try_close() noexcept {
+        if (!driver_) return {};
+        Status status = driver_->release(id_);
+        if (status.ok()) driver_.reset();
+        return status;
     }
 
   private:
@@ -147,8 +155,16 @@ class Mapping {
 
     // Unmaps now and says how that went. Owns nothing afterwards, whatever the outcome.
     Status close() noexcept {
-        const std::shared_ptr<Driver> driver = std::exchange(driver_, nullptr);
-        return driver ? driver->unmap(address_, bytes_) : Status();
+        Status status = try_close();
+        driver_.reset();
+        return status;
+    }
+    // The same, but still owns it where the driver refuses.
+    Status try_close() noexcept {
+        if (!driver_) return {};
+        Status status = driver_->unmap(address_, bytes_);
+        if (status.ok()) driver_.reset();
+        return status;
     }
 
   private:

@@ -13,6 +13,10 @@ namespace {
 constexpr std::uint64_t kIdleWaitUs = 100'000;  // looks at `closed` and `stop` at least this often
 constexpr std::uint64_t kFencePollUs = 50;      // an event is polled, never waited for: the device has its own pace
 constexpr std::uint64_t kSpinNs = 500'000;      // clearing takes microseconds, unless the device is busy with long work
+constexpr std::uint64_t kFenceRetryNs = 5'000'000;
+constexpr std::uint64_t kReclaimEveryNs =
+    1'000'000'000;  // whoever drops its cache needs it again: not at every mapping
+constexpr int kTakeDownTries = 3;
 
 }  // namespace
 
@@ -73,13 +77,45 @@ std::uint64_t Rank::mapped_bytes() const noexcept { return slot_.mapped_bytes.lo
 
 Status Rank::fence(std::uint64_t ticket, std::uint64_t stream) {
     auto fence = driver_->record(stream);
-    if (!fence.ok()) return fence.status();
+    if (!fence.ok() && fence.status().code() == Code::invalid) return fence.status();
+    if (!fence.ok()) note_failure(fence.status().message());
     {
         const std::scoped_lock lock(fences_mutex_);
-        fences_.push_back({ticket, std::move(fence).value()});
+        fences_.push_back({ticket, stream, fence.ok() ? std::move(fence).value() : nullptr});
     }
     table_->ring_ranks();
     return {};
+}
+
+void Rank::offer_reclaim(bool offered) noexcept {
+    reclaim_offered_.store(offered, std::memory_order_release);
+    futex_wake_all(reclaim_asked_);  // who has withdrawn need not wait on
+}
+
+std::uint32_t Rank::wait_reclaim(std::uint32_t seen, std::uint64_t timeout_us) const noexcept {
+    if (reclaim_asked_.load(std::memory_order_acquire) == seen) futex_wait(reclaim_asked_, seen, timeout_us);
+    return reclaim_asked_.load(std::memory_order_acquire);
+}
+
+void Rank::reclaimed(std::uint32_t request) noexcept {
+    reclaim_done_.store(request, std::memory_order_release);
+    futex_wake_all(reclaim_done_);
+}
+
+// True when somebody was asked and the mapping is worth another try.
+bool Rank::reclaim() noexcept {
+    const std::uint64_t start = monotonic_ns();
+    if (!reclaim_offered_.load(std::memory_order_acquire) || start < reclaim_again_ns_) return false;
+    reclaim_again_ns_ = start + kReclaimEveryNs;
+    const std::uint32_t request = reclaim_asked_.load(std::memory_order_relaxed) + 1;
+    futex_ring(reclaim_asked_);
+    const std::uint64_t until = start + options_.reclaim_ms * 1'000'000U;
+    for (std::uint64_t now = start; now < until && !stop_.load(std::memory_order_acquire); now = monotonic_ns()) {
+        const std::uint32_t done = reclaim_done_.load(std::memory_order_acquire);
+        if (done == request) break;
+        futex_wait(reclaim_done_, done, std::min<std::uint64_t>((until - now) / 1000 + 1, kIdleWaitUs));
+    }
+    return true;
 }
 
 Status Rank::wait_first_page(std::uint64_t timeout_ms) const {
@@ -100,12 +136,18 @@ Status Rank::wait_first_page(std::uint64_t timeout_ms) const {
     }
 }
 
+bool Rank::bind() noexcept {
+    const Status status = driver_->bind_thread();
+    if (!status.ok()) note_failure(status.message());
+    return status.ok();
+}
+
 void Rank::run() noexcept {
-    if (const Status bound = driver_->bind_thread(); !bound.ok()) note_failure(bound.message());
     auto &header = table_->header();
     while (!stop_.load(std::memory_order_acquire)) {
         const std::uint32_t seen = header.order_bell.load(std::memory_order_acquire);
         if (header.closed.load(std::memory_order_acquire) != 0) break;
+        bound_ = bound_ || bind();
         bool worked = drain_ring();
         const bool fences_pending = poll_fences();
         worked = retry_waiting() || worked;
@@ -199,19 +241,39 @@ void Rank::look_at(std::uint32_t page) noexcept {
         unmap_extent(page, wanted);
 }
 
+// Has the oldest fence recorded, where the driver would not at first; false while it still will not.
+bool Rank::record_front() noexcept {
+    PendingFence &front = fences_.front();
+    if (front.fence) return true;
+    const std::uint64_t now = monotonic_ns();
+    if (now < fence_again_ns_) return false;
+    auto fence = driver_->record(front.stream);
+    if (fence.ok()) {
+        front.fence = std::move(fence).value();
+        return true;
+    }
+    note_failure(fence.status().message());
+    fence_again_ns_ = now + kFenceRetryNs;
+    return false;
+}
+
+// True while fences are pending. One that cannot be recorded or asked about has not passed: its pages stay mapped, and
+// it is recorded anew.
 bool Rank::poll_fences() noexcept {
     const std::scoped_lock lock(fences_mutex_);
     while (!fences_.empty()) {
-        auto done = fences_.front().fence->done();
+        if (!record_front()) return true;
+        PendingFence &front = fences_.front();
+        const auto done = front.fence->done();
         if (!done.ok()) {
-            // A fence that cannot be asked will never be known to have passed: its pages stay mapped, which is safe.
             note_failure(done.status().message());
-            fences_.pop_front();
-            continue;
+            front.fence.reset();
+            fence_again_ns_ = monotonic_ns() + kFenceRetryNs;
+            return true;
         }
         if (!done.value()) return true;
         const std::uint64_t passed = slot_.fence_passed.load(std::memory_order_relaxed);
-        slot_.fence_passed.store(std::max(passed, fences_.front().ticket), std::memory_order_release);
+        slot_.fence_passed.store(std::max(passed, front.ticket), std::memory_order_release);
         (void)fault::point("memory.fence.passed");
         fences_.pop_front();
     }
@@ -253,32 +315,67 @@ Status Rank::map_pieces(std::uint32_t page, Extent &extent, std::vector<std::uni
     return {};
 }
 
+void Rank::keep(std::uint32_t page, Extent extent) noexcept {
+    const std::uint64_t bytes = extent_bytes(extent.pages);
+    extents_.emplace(page, std::move(extent));
+    slot_.mapped_bytes.fetch_add(bytes, std::memory_order_relaxed);
+    hooks_.mapped(static_cast<std::int64_t>(bytes));
+}
+
+// Takes every piece away again, each call tried a few times. What the driver does not let go of stays in the extent.
+Status Rank::take_down(Extent &extent) noexcept {
+    while (!extent.pieces.empty()) {
+        Piece &piece = extent.pieces.back();
+        Status status;
+        for (int tries = 1; tries <= kTakeDownTries; ++tries) {
+            status = piece.mapping.try_close();
+            (void)fault::point("memory.unmap.unmapped");
+            if (status.ok()) status = piece.memory.try_close();
+            if (status.ok()) break;
+            std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        }
+        if (!status.ok()) return status;
+        extent.pieces.pop_back();
+    }
+    return {};
+}
+
+// All pieces or none; `undone` is false where the driver refused even to take some away again.
+Status Rank::map_or_undo(std::uint32_t page, Extent &extent, std::vector<std::unique_ptr<Fence>> &clearing,
+                         bool *undone) {
+    Status status = map_pieces(page, extent, clearing);
+    if (status.ok()) return status;
+    wait_cleared(clearing);
+    clearing.clear();
+    *undone = take_down(extent).ok();
+    return status;
+}
+
 void Rank::map_extent(std::uint32_t page, const Wanted &wanted) noexcept {
     const std::uint64_t start = monotonic_ns();
     Extent extent;
     extent.pages = wanted.pages;
     std::vector<std::unique_ptr<Fence>> clearing;
     Status status;
+    bool undone = true;
     if (extents_.contains(page))
         status = {Code::invalid, "page " + std::to_string(page) + " was ordered mapped twice"};
     else if (page + std::uint64_t{wanted.pages} > table_->pages() || wanted.pages == 0)
         status = {Code::invalid, "an extent of " + std::to_string(wanted.pages) + " pages at page " +
                                      std::to_string(page) + " leaves the table"};
     else
-        status = map_pieces(page, extent, clearing);
+        status = map_or_undo(page, extent, clearing, &undone);
+    if (status.code() == Code::out_of_memory && undone && reclaim())
+        status = map_or_undo(page, extent, clearing, &undone);
     if (!status.ok()) {
-        wait_cleared(clearing);
-        extent.pieces.clear();  // all or none: what was mapped so far is unmapped here
         note_failure(status.message());
+        if (!undone) keep(page, std::move(extent));  // the pool orders it unmapped: then it is tried again
         answer(page, wanted.generation, So::failed);
         return;
     }
     (void)fault::point("memory.map.mapped");
-    const std::uint64_t bytes = extent_bytes(extent.pages);
-    extents_.emplace(page, std::move(extent));
-    slot_.mapped_bytes.fetch_add(bytes, std::memory_order_relaxed);
+    keep(page, std::move(extent));
     count(true, start);
-    hooks_.mapped(static_cast<std::int64_t>(bytes));
     if (!clearing.empty()) {
         clearing_.push_back({page, wanted.generation, monotonic_ns(), std::move(clearing)});
         return;
@@ -291,17 +388,14 @@ void Rank::unmap_extent(std::uint32_t page, const Wanted &wanted) noexcept {
     const std::uint64_t start = monotonic_ns();
     const std::uint64_t bytes = extent_bytes(wanted.pages);
     if (const auto found = extents_.find(page); found != extents_.end()) {
-        const bool stuck = fault::point("memory.unmap.begin");
-        for (auto &[memory, mapping] : found->second.pieces) {
-            Status status = stuck ? Status{Code::driver, "injected: the driver does not let go"} : mapping.close();
-            (void)fault::point("memory.unmap.unmapped");
-            if (status.ok()) status = memory.close();
-            if (!status.ok()) {
-                // The driver would not let go: the page keeps its lease and is never used again.
-                note_failure(status.message());
-                answer(page, wanted.generation, So::stuck);
-                return;
-            }
+        const Status status = fault::point("memory.unmap.begin")
+                                  ? Status{Code::driver, "injected: the driver does not let go"}
+                                  : take_down(found->second);
+        if (!status.ok()) {
+            // The driver would not let go: the page keeps its lease and is never used again.
+            note_failure(status.message());
+            answer(page, wanted.generation, So::stuck);
+            return;
         }
         extents_.erase(found);
         slot_.mapped_bytes.fetch_sub(bytes, std::memory_order_relaxed);
@@ -327,6 +421,7 @@ void Rank::answer(std::uint32_t page, std::uint32_t generation, So so) noexcept 
 }
 
 void Rank::note_failure(const std::string &text) noexcept {
+    const std::scoped_lock lock(failure_mutex_);
     std::strncpy(slot_.error, text.c_str(), sizeof(slot_.error) - 1);
     slot_.error[sizeof(slot_.error) - 1] = '\0';
     slot_.failures.fetch_add(1, std::memory_order_release);

@@ -28,6 +28,7 @@ struct RankOptions {
     std::uint64_t span_bytes = 0;  // bytes of a stripe; a multiple of the page when there are several
     std::uint64_t page_bytes = 0;  // this rank's piece of one page of the table, in each span
     std::uint64_t deadline_ms = 10000;
+    std::uint64_t reclaim_ms = 200;  // how long a mapping without memory waits for what others of this process give up
 };
 
 // What the mapper reports to the ledger: bytes newly mapped (positive) or unmapped (negative), and leases to return.
@@ -51,7 +52,16 @@ class Rank {
     const std::shared_ptr<Driver> &driver() const noexcept { return driver_; }
 
     // An order to unmap up to `ticket` has arrived, before the next work is launched on `stream`. Returns at once.
+    // A driver that cannot record a fence now is asked again later: a later point of the stream is as good.
     Status fence(std::uint64_t ticket, std::uint64_t stream);
+
+    // Memory that this process caches for itself (PyTorch's free blocks) is given back before a mapping fails for want
+    // of memory. Whoever can do that says so, waits for the request, does it, and answers with the request's number;
+    // the mapper waits for reclaim_ms at most, once a second at most, and runs none of it itself.
+    void offer_reclaim(bool offered) noexcept;
+    // The newest request's number, as soon as it is not `seen` or after the time.
+    std::uint32_t wait_reclaim(std::uint32_t seen, std::uint64_t timeout_us) const noexcept;
+    void reclaimed(std::uint32_t request) noexcept;
     // Waits until the extent that starts at page 0 is mapped; timeout text says what is missing.
     Status wait_first_page(std::uint64_t timeout_ms) const;
     std::uint64_t mapped_bytes() const noexcept;
@@ -74,11 +84,15 @@ class Rank {
     };
     struct PendingFence {
         std::uint64_t ticket;
-        std::unique_ptr<Fence> fence;
+        std::uint64_t stream;
+        std::unique_ptr<Fence> fence;  // null: not recorded yet
     };
 
     Rank(std::shared_ptr<Driver> driver, std::shared_ptr<PageTable> table, const RankOptions &options, RankHooks hooks);
     void run() noexcept;
+    bool bind() noexcept;
+    bool record_front() noexcept;
+    bool reclaim() noexcept;
     bool drain_ring() noexcept;
     bool poll_fences() noexcept;
     bool retry_waiting() noexcept;
@@ -86,6 +100,9 @@ class Rank {
     void map_extent(std::uint32_t page, const Wanted &wanted) noexcept;
     void unmap_extent(std::uint32_t page, const Wanted &wanted) noexcept;
     Status map_pieces(std::uint32_t page, Extent &extent, std::vector<std::unique_ptr<Fence>> &clearing);
+    Status map_or_undo(std::uint32_t page, Extent &extent, std::vector<std::unique_ptr<Fence>> &clearing, bool *undone);
+    static Status take_down(Extent &extent) noexcept;
+    void keep(std::uint32_t page, Extent extent) noexcept;
     bool poll_clearing() noexcept;
     bool being_cleared(std::uint32_t page, std::uint32_t generation) const noexcept;
     void wait_cleared(std::vector<std::unique_ptr<Fence>> &fences) const noexcept;
@@ -110,8 +127,14 @@ class Rank {
     std::vector<std::uint32_t> waiting_;                 // pages whose unmap waits for its fence
     std::deque<Clearing> clearing_;                      // oldest first
     std::uint64_t cursor_ = 0;
+    bool bound_ = false;
+    std::uint64_t reclaim_again_ns_ = 0;
+    std::mutex failure_mutex_;  // over the slot's text
     std::mutex fences_mutex_;
     std::deque<PendingFence> fences_;
+    std::uint64_t fence_again_ns_ = 0;  // after a failure
+    std::atomic<bool> reclaim_offered_{false};
+    std::atomic<std::uint32_t> reclaim_asked_{0}, reclaim_done_{0};
     std::atomic<bool> stop_{false};
     std::thread thread_;
 };

@@ -178,6 +178,10 @@ class BlockCache:
         """Bytes of the range that have memory behind them now."""
         return self._memory.mapped_bytes
 
+    def set_reclaimer(self, give_up: Callable[[], object] | None) -> None:
+        """What gives back memory that this process caches for itself; see RankMemory.set_reclaimer()."""
+        self._memory.set_reclaimer(give_up)
+
     def _maintain(self) -> None:
         evicted = self._cache.pool.maintain(True)
         if evicted and self._on_evict is not None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from elastickv import _core
+from elastickv.memory.reclaim import Reclaimer
 
 __all__ = ["RankMemory", "RankSpec"]
 
@@ -35,6 +37,7 @@ class RankMemory:
         self._tenant = tenant
         self._rank = rank
         self._driver = driver
+        self._reclaimer: Reclaimer | None = None
 
     @classmethod
     def attach(cls, spec: RankSpec, *, allow_context: bool = False) -> RankMemory:
@@ -75,6 +78,16 @@ class RankMemory:
         """
         self._rank.fence(ticket, stream)
 
+    def set_reclaimer(self, give_up: Callable[[], object] | None) -> None:
+        """What to call, on a thread of its own, when the device has no memory for a page that is leased; None: nothing.
+
+        It gives back what this process caches for itself, such as torch.cuda.empty_cache; the mapping is tried once
+        more after it, or after 0.2 s. It is called once a second at most.
+        """
+        if self._reclaimer is not None:
+            self._reclaimer.stop()
+        self._reclaimer = Reclaimer(self._rank, give_up) if give_up is not None else None
+
     def __dlpack__(self, **options: Any) -> Any:
         return self._rank.array().__dlpack__(**options)
 
@@ -84,5 +97,6 @@ class RankMemory:
 
     def close(self) -> None:
         """Unmaps everything and leaves the tenant. A tensor that is still held faults when it is touched."""
+        self.set_reclaimer(None)
         self._rank.close()
         self._tenant.close()

@@ -70,6 +70,17 @@ class Backing:
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         self.memory.fence(ticket, stream)
 
+    def reclaim_from_torch(self, device: torch.device) -> None:
+        """Where the device has no memory for a page, PyTorch's free blocks are given back first."""
+        if device.type != "cuda":
+            return
+
+        def give_up() -> None:
+            with torch.cuda.device(device):
+                torch.cuda.empty_cache()
+
+        self.memory.set_reclaimer(give_up)
+
     def holds(self, tensors: list[torch.Tensor]) -> bool:
         """Whether every one of the tensors lies in the elastic range, and there is one at all."""
         low, high = self.memory.address, self.memory.address + self.memory.tensor_bytes

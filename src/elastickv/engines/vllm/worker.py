@@ -6,7 +6,7 @@ These functions are installed as methods of vLLM's Worker, or around its own.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -113,20 +113,34 @@ def _execute_model(original: Method) -> Method:
 
 
 def _compile_or_warm_up_model(original: Method) -> Method:
-    """Has the warm-up write to block 0 only: no other block has memory yet."""
+    """Has the warm-up write to block 0 only: no other block has memory yet.
+
+    PyTorch's free blocks may be taken from here on, and not before: nothing may be freed while graphs are captured.
+    """
 
     def wrapped(self: Any) -> Any:
-        tables = getattr(self.model_runner, "block_tables", None)
-        if tables is None or not hasattr(tables, "redirect_writes_to_null_block"):
-            return original(self)
-        before = tables.redirect_writes_to_null_block
-        tables.redirect_writes_to_null_block = True
-        try:
-            return original(self)
-        finally:
-            tables.redirect_writes_to_null_block = before
+        with _writes_to_block_0(self):
+            result = original(self)
+        backing: Backing | None = getattr(self, "elastickv", None)
+        if backing is not None:
+            backing.reclaim_from_torch(self.device)
+        return result
 
     return wrapped
+
+
+@contextlib.contextmanager
+def _writes_to_block_0(worker: Any) -> Iterator[None]:
+    tables = getattr(worker.model_runner, "block_tables", None)
+    if tables is None or not hasattr(tables, "redirect_writes_to_null_block"):
+        yield
+        return
+    before = tables.redirect_writes_to_null_block
+    tables.redirect_writes_to_null_block = True
+    try:
+        yield
+    finally:
+        tables.redirect_writes_to_null_block = before
 
 
 def _shutdown(original: Method) -> Method:
