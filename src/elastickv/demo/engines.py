@@ -1,4 +1,4 @@
-"""The demo's engines: vLLM's own server in processes of its own, started as a user would start it."""
+"""Engines for the demo and the benchmarks: vLLM's own server in processes of its own, started as a user would."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from elastickv.errors import DeadlineExceeded, EngineRefused
 
 __all__ = ["Engine", "free_port"]
 
+SERVER: Final = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
 LOG_LINES: Final = 12
 STOP_S: Final = 20.0
 
@@ -41,7 +42,10 @@ def free_port() -> int:
 
 @dataclass
 class Engine:
-    """One server. `options` are those of `elastickv run`, `arguments` those of the engine."""
+    """One server. `options` are those of `elastickv run`, `arguments` those of the engine.
+
+    `server`: the command that serves. Not `managed`, it is started by itself, and `options` are not used.
+    """
 
     name: str
     model: Path
@@ -49,6 +53,8 @@ class Engine:
     options: Sequence[str]
     arguments: Sequence[str]
     environment: Mapping[str, str] = field(default_factory=dict)
+    server: Sequence[str] = SERVER
+    managed: bool = True
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
 
@@ -59,11 +65,11 @@ class Engine:
 
     def start(self) -> None:
         """Starts it, in a process group of its own. Its output goes to the log."""
-        server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.model)]
+        run = [sys.executable, "-m", "elastickv.cli", "run", "--name", self.name, *self.options, "--"]
         place = ["--served-model-name", self.name, "--host", "127.0.0.1", "--port", str(self.port)]
         command = [
-            *(sys.executable, "-m", "elastickv.cli", "run", "--name", self.name, *self.options, "--"),
-            *(*server, *place, *self.arguments),
+            *(run if self.managed else ()),
+            *(*self.server, "--model", str(self.model), *place, *self.arguments),
         ]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(

@@ -1,0 +1,1 @@
+"""Benchmarks in pairs. docs/benchmarks.md says what each one is and how to run it."""

@@ -1,0 +1,239 @@
+"""Servers for a benchmark, managed and plain, on one device; whatever happens none of them outlives the benchmark."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+
+from benchmarks.common import models
+from benchmarks.common.guard import Guard
+from benchmarks.common.result import ROOT
+from elastickv import _core
+from elastickv.cli.proof import process_tree
+from elastickv.config import Settings, process_environment
+from elastickv.demo.engines import SERVER, Engine
+from elastickv.demo.watch import KernelMemory
+from elastickv.errors import DeadlineExceeded, EngineRefused
+from elastickv.ledger import TenantView, read_device
+from elastickv.memory import open_device_ledger
+
+MIB = 1024 * 1024
+GIB = 1024 * MIB
+STANDIN = (sys.executable, str(ROOT / "benchmarks/common/standin.py"))
+HOST_BLOCK, GPU_BLOCK = 32, 16
+TINY_PAGE = 16 * 1024
+"""Of the host: then a block of the tiny model is exactly one page in each of its four layers."""
+COMPILATION = '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}'
+STREAM_INTERVAL = 16
+"""On a GPU the server sends tokens in bundles (the first one at once): the client measures the engine, not itself."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One engine. `kv_bytes`: what a plain one allocates. `options`: of `elastickv run`. `arguments`: of vLLM."""
+
+    name: str
+    managed: bool
+    kv_bytes: int = 0
+    caching: bool = False
+    seqs: int = 256
+    max_len: int = 1024
+    options: Mapping[str, str] = field(default_factory=dict)
+    arguments: Sequence[str] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+class Fleet:
+    """The servers of one benchmark. `capacity`: bytes that the managed ones share. A context manager.
+
+    `engine`: "vllm" or "stand-in". `device`: "host" or a GPU's number.
+    """
+
+    def __init__(self, engine: str, device: str, model: str, capacity: int, start_s: float = 400.0) -> None:
+        self.engine, self.device, self.capacity, self.start_s = engine, device, capacity, start_s
+        self._model_name = model
+        self._stack = ExitStack()
+        self._servers: dict[str, Engine] = {}
+        self._count = 0
+
+    def __enter__(self) -> Fleet:
+        signal.signal(signal.SIGTERM, _leave)
+        with ExitStack() as stack:
+            self.place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="elastickv-benchmark-")))
+            self._guard = stack.enter_context(Guard())
+            if self.engine == "stand-in":
+                self.model = models.Model(self.place, 256, False)
+            else:
+                self.model = models.prepare(self._model_name, self.place)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        try:
+            for name in list(self._servers):
+                self.stop(name)
+        finally:
+            self._stack.close()
+
+    @property
+    def directory(self) -> Path:
+        """Of the ledgers."""
+        return self.place / "ledgers"
+
+    def start(self, spec: Spec) -> Engine:
+        """Starts a server; does not wait for it."""
+        core = self._count
+        self._count += 1
+        log = self.place / f"{spec.name}-{core}.log"
+        standin = self.engine == "stand-in"
+        server = Engine(
+            spec.name,
+            self.model.folder,
+            log,
+            [word for pair in self._options(spec).items() for word in pair],
+            self._standin_arguments(spec) if standin else self._vllm_arguments(spec),
+            {**self._environment(spec, core), **spec.environment},
+            STANDIN if standin else SERVER,
+            spec.managed,
+        )
+        server.start()
+        self._servers[spec.name] = server
+        if server.process is not None:
+            self._guard.add(server.process.pid)
+        return server
+
+    def wait_ready(self, *servers: Engine) -> float:
+        """Until all of them serve; seconds that took. DeadlineExceeded or EngineRefused with the log's last lines."""
+        began = time.monotonic()
+        for server in servers:
+            server.wait_ready(began + self.start_s)
+        return time.monotonic() - began
+
+    def up(self, *specs: Spec) -> list[Engine]:
+        """Starts them one after another, each when the one before serves: no start disturbs another's profile."""
+        servers = []
+        for spec in specs:
+            servers.append(self.start(spec))
+            print(f"{spec.name}: serves after {self.wait_ready(servers[-1]):.1f} s", flush=True)
+        return servers
+
+    def stop(self, name: str) -> None:
+        """Ends a server, if need be by force."""
+        server = self._servers.pop(name)
+        try:
+            server.stop()
+        finally:
+            self._gone(server)
+
+    def kill(self, name: str) -> Engine:
+        """SIGKILL to every process of it; returns at once. Call `reap` afterwards."""
+        server = self._servers[name]
+        server.signal(signal.SIGKILL)
+        return server
+
+    def reap(self, name: str) -> None:
+        """Waits for the first process of a server that was killed."""
+        server = self._servers.pop(name)
+        if server.process is not None:
+            server.process.wait(20)
+        self._gone(server)
+
+    def _gone(self, server: Engine) -> None:
+        if server.process is not None:
+            self._guard.remove(server.process.pid)
+
+    def ledger(self) -> _core.Ledger:
+        """The device's; there once a managed server has started."""
+        device = device_id(self.device)
+        arguments = {"directory": str(self.directory), "device": device, "capacity": self.capacity}
+        return open_device_ledger(device, Settings.load(arguments=arguments, environ={}))
+
+    def ledger_reader(self, name: str) -> Callable[[], TenantView]:
+        """Reads the tenant of that name, cheaply enough to be called every few milliseconds."""
+        ledger = self.ledger()
+        return lambda: read_device(ledger).tenant(name)
+
+    def kernel_memory(self, server: Engine) -> KernelMemory:
+        """What the kernel has allocated for a managed server on the host."""
+        pid = server.process.pid if server.process is not None else 0
+        kernel = KernelMemory(lambda: process_tree(pid))
+        kernel.find()
+        return kernel
+
+    def _options(self, spec: Spec) -> dict[str, str]:
+        options = {
+            "--dir": str(self.directory),
+            "--device": "host" if self.device == "host" else "auto",
+            "--capacity": str(self.capacity),
+        }
+        if self.device == "host" and self._model_name == "tiny":
+            options["--page"] = str(64 * 1024 if self.engine == "stand-in" else TINY_PAGE)
+        return options | dict(spec.options)
+
+    def _environment(self, spec: Spec, core: int) -> dict[str, str]:
+        # A server that the caller's own settings reach would not be what the result file says.
+        own = dict.fromkeys((name for name in process_environment() if name.startswith("ELASTICKV")), "")
+        path = os.pathsep.join([str(ROOT), process_environment().get("PYTHONPATH", "")]).rstrip(os.pathsep)
+        environment = own | {"PYTHONPATH": path, "VLLM_LOGGING_LEVEL": "INFO"}
+        if not spec.managed:
+            environment["VLLM_PLUGINS"] = ""
+        if self.device != "host":
+            more = {"CUDA_VISIBLE_DEVICES": self.device, "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+            return environment | more
+        cores = sorted(os.sched_getaffinity(0))
+        bound = str(cores[core % len(cores)])
+        return environment | {"VLLM_CPU_OMP_THREADS_BIND": bound, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+    def _vllm_arguments(self, spec: Spec) -> list[str]:
+        on_host = self.device == "host"
+        arguments = [
+            *("--dtype", "float32" if on_host else "bfloat16"),
+            *("--block-size", str(HOST_BLOCK if on_host else GPU_BLOCK), "--max-model-len", str(spec.max_len)),
+            *("--max-num-seqs", str(spec.seqs), "--max-num-batched-tokens", str(2048 if on_host else 8192)),
+            *("--kv-cache-memory-bytes", str(spec.kv_bytes or self.capacity), "--gpu-memory-utilization", "0.2"),
+            *("--skip-tokenizer-init", "--seed", "0", "--disable-uvicorn-access-log"),
+            "--enable-prefix-caching" if spec.caching else "--no-enable-prefix-caching",
+        ]
+        if self.model.dummy:
+            arguments += ["--load-format", "dummy"]
+        if on_host:
+            arguments += ["--enforce-eager"]
+        else:
+            arguments += ["--async-scheduling", "--compilation-config", COMPILATION]
+            arguments += ["--stream-interval", str(STREAM_INTERVAL)]
+        return [*arguments, *spec.arguments]
+
+    def _standin_arguments(self, spec: Spec) -> list[str]:
+        more = ["--caching"] if spec.caching else []
+        return ["--kv-bytes", str(spec.kv_bytes or self.capacity), "--seqs", str(spec.seqs), *more]
+
+
+def device_id(device: str) -> str:
+    """The ledger's name of a device: "host", or the GPU's UUID."""
+    return "host" if device == "host" else str(_core.open_driver(f"cuda:{device}").device_id)
+
+
+def try_ready(fleet: Fleet, server: Engine) -> str:
+    """Waits for one server: empty, or why it does not serve."""
+    try:
+        fleet.wait_ready(server)
+    except (DeadlineExceeded, EngineRefused) as error:
+        return str(error)
+    return ""
+
+
+def plain_twin(spec: Spec, name: str, kv_bytes: int) -> Spec:
+    """The same engine without elastickv, with a cache of `kv_bytes`."""
+    return replace(spec, name=name, managed=False, kv_bytes=kv_bytes, options={})
+
+
+def _leave(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)

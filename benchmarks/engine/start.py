@@ -1,0 +1,184 @@
+"""Engines that start at the same moment, and one that starts while another serves at full load.
+
+    python benchmarks/engine/start.py [--small]
+
+Together: all engines at once, managed and plain, whether each of them comes up and after how many seconds. Beside a
+busy one: the same requests, near the most that one engine serves, while a second engine starts and while none does; the
+busy one's P99 of TTFT and TPOT with the start over that without (a result of its own, start_beside.json).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.common import load, options, schedule
+from benchmarks.common.load import Background, Load
+from benchmarks.common.result import Result, Row, Target
+from benchmarks.common.schedule import Shape
+from benchmarks.common.servers import Fleet, Spec, plain_twin, try_ready
+from benchmarks.common.stats import paired_ratio, percentile
+from elastickv.demo.engines import Engine
+
+FULL = {
+    **options.ENGINE,
+    "engines": 3,
+    "shape": "512+128",
+    "saturation_requests": 384,
+    "share": 0.8,
+    "repeats": 2,
+    "kv_size": "18GiB",
+    "settings": "",
+    "request_deadline": 300.0,
+    "seed": 0,
+}
+SMALL = {
+    **options.SMALL,
+    "engines": 2,
+    "shape": "32+16",
+    "saturation_requests": 12,
+    "repeats": 1,
+    "kv_size": "4MiB",
+    "request_deadline": 120.0,
+}
+ABOUT = {
+    **options.ABOUT,
+    "engines": "that start at the same moment",
+    "shape": "tokens of prompt+answer",
+    "saturation_requests": "at once, to find the most that one engine serves",
+    "share": "of that, which the busy engine is given",
+    "kv_size": "KV memory of all engines together",
+    "settings": "more of elastickv for each engine, as ELASTICKV_STOCK=0,ELASTICKV_LOG=debug",
+    "request_deadline": "seconds that a request may take",
+}
+CALM = Target("ratio", "most", 1.1)
+LONGEST_S = 300.0
+"""Of the load beside which an engine starts."""
+
+
+def main() -> int:
+    chosen = options.parse(__doc__, FULL, SMALL, ABOUT)
+    settings = options.settings(chosen)
+    together = Result("engine/start", chosen.engine, chosen.small, chosen.device, settings)
+    beside = Result("engine/start_beside", chosen.engine, chosen.small, chosen.device, settings)
+    beside.sides = {"with": "another starts", "without": "none starts"}
+    with Fleet(chosen.engine, chosen.device, chosen.model, chosen.kv_size, chosen.start_deadline) as fleet:
+        seconds = Starts(fleet, chosen, together).together()
+        Starts(fleet, chosen, beside).beside_a_busy_one(seconds)
+    together.write(chosen.output)
+    beside.write(chosen.output)
+    return 0
+
+
+class Starts:
+    """Servers that come and go, and loads on the one that stays."""
+
+    def __init__(self, fleet: Fleet, chosen: argparse.Namespace, result: Result) -> None:
+        self.fleet, self.chosen, self.result = fleet, chosen, result
+        self.shape = Shape.parse(chosen.shape)
+        self.more = dict(pair.split("=", 1) for pair in chosen.settings.split(",") if pair)
+
+    def spec(self, name: str) -> Spec:
+        most = sum(self.shape) + 16
+        return Spec(name, True, seqs=self.chosen.seqs, max_len=most, environment=self.more)
+
+    def together(self) -> float:
+        """Seconds until the last managed one served."""
+        found: dict[str, list[float]] = {}
+        part = self.chosen.kv_size // self.chosen.engines
+        for side in ("without", "with"):
+            names = [f"{'ours' if side == 'with' else 'plain'}-{n}" for n in range(self.chosen.engines)]
+            specs = [self.spec(name) for name in names]
+            if side == "without":
+                specs = [plain_twin(one, one.name, part) for one in specs]
+            began = time.monotonic()
+            servers = [self.fleet.start(spec) for spec in specs]
+            for server in servers:
+                why = try_ready(self.fleet, server)
+                if why:
+                    self.result.fail(side, [f"{server.name} did not come up: {why}"])
+                else:
+                    found.setdefault(side, []).append(time.monotonic() - began)
+            self.answered(servers, side)
+            for server in servers:
+                self.fleet.stop(server.name)
+            print(f"{len(found.get(side, []))} of {len(servers)} came up ({self.result.sides[side]})", flush=True)
+        self.result.samples["seconds until each served"] = found
+        up = {side: float(len(found.get(side, []))) for side in ("with", "without")}
+        all_up = Target("with", "least", float(self.chosen.engines))
+        self.result.rows.append(
+            Row(f"engines that came up of {self.chosen.engines}", "", up["with"], up["without"], all_up)
+        )
+        last = {side: max(found[side], default=None) if side in found else None for side in ("with", "without")}
+        self.result.rows.append(Row("until the last of them served", "s", last["with"], last["without"]))
+        return last["with"] or LONGEST_S / 2
+
+    def answered(self, servers: list[Engine], side: str) -> None:
+        """One that came up answers too."""
+        for server in servers:
+            if server.process is not None and server.process.poll() is None:
+                done = load.run(self.asked(server, [0.0]), self.chosen.request_deadline)
+                self.result.fail(side, [f"{server.name} came up: {one.error}" for one in done.failures])
+
+    def beside_a_busy_one(self, seconds: float) -> None:
+        (busy,) = self.fleet.up(self.spec("busy"))
+        done = load.run(
+            self.asked(busy, schedule.at_once(self.chosen.saturation_requests)), self.chosen.request_deadline
+        )
+        self.result.fail("without", [f"saturation: {one.error}" for one in done.failures])
+        rate = self.chosen.share * done.requests_per_second
+        if not rate:
+            self.result.note("the busy engine answered nothing at saturation: no load beside which to start another")
+            return
+        window = min(LONGEST_S, 1.2 * seconds + 5.0)
+        self.result.samples["busy engine"] = {"requests a second": rate, "seconds": window}
+        loads: dict[str, list[Load]] = {"with": [], "without": []}
+        for number, side in enumerate(schedule.alternate(self.chosen.repeats, ("without", "with"))):
+            arrivals = schedule.poisson(rate, max(2, round(rate * window)), self.chosen.seed + number // 2)
+            with Background(self.asked(busy, arrivals), self.chosen.request_deadline) as background:
+                if side == "with":
+                    self.start_beside(background, number)
+            loads[side].append(background.wait())
+        self.rows(loads)
+
+    def start_beside(self, background: Background, number: int) -> None:
+        time.sleep(max(0.0, background.start + 1.0 - time.monotonic()))
+        late = self.fleet.start(self.spec(f"late-{number}"))
+        began = time.monotonic()
+        why = try_ready(self.fleet, late)
+        if why:
+            self.result.fail("with", [f"{late.name} did not come up beside a busy one: {why}"])
+        self.result.samples.setdefault("start beside a busy one, s", []).append(time.monotonic() - began)
+        if not background.running():
+            self.result.note(f"{late.name} started for longer than the load beside it lasted")
+        self.fleet.stop(late.name)
+
+    def rows(self, loads: dict[str, list[Load]]) -> None:
+        for side, series in loads.items():
+            for done in series:
+                self.result.fail(side, [f"busy engine: {one.error}" for one in done.failures])
+                self.result.samples.setdefault(f"busy engine, {self.result.sides[side]}", []).append(done.samples())
+        spoilt = sum(len(done.failures) for done in loads["with"])
+        for name, of in (("TTFT", Load.ttft), ("TPOT", Load.tpot)):
+            for figure, percent, target in (("P99", 99, CALM), ("median", 50, None)):
+                values = {
+                    side: [1e3 * percentile(of(one), percent) for one in series] for side, series in loads.items()
+                }
+                given = paired_ratio(values["with"], values["without"])
+                medians = (statistics.median(values["with"]), statistics.median(values["without"]))
+                what = f"busy engine's {name}, {figure}"
+                self.result.rows.append(Row(what, "ms", *medians, target, given, spoilt))
+
+    def asked(self, server: Engine, arrivals: list[float]) -> list[load.Request]:
+        return load.requests(
+            server.url, server.name, arrivals, self.shape, self.fleet.model.vocabulary, self.chosen.seed
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
