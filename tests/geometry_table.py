@@ -28,6 +28,7 @@ NAMES: Final = {
     "gemma-3-4b": "Gemma-3-4B",
     "gemma-3-12b": "Gemma-3-12B",
     "gemma-3-27b": "Gemma-3-27B",
+    "llama-4-scout": "Llama-4-Scout",
     "qwen3-next-80b-a3b": "Qwen3-Next-80B-A3B",
     "granite-4.0-h-small": "Granite-4.0-H-Small",
     "lfm2-1.2b": "LFM2-1.2B",
