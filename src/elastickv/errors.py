@@ -40,6 +40,7 @@ __all__ = [
     "NotFound",
     "OutOfMemory",
     "Unavailable",
+    "code_of",
     "from_code",
 ]
 
@@ -149,14 +150,23 @@ _BY_CODE: Final[Mapping[str, type[ElasticKVError]]] = {
 }
 
 
-def from_code(code: str, message: str) -> ElasticKVError:
+def from_code(code: str, message: str, attributes: Mapping[str, object] | None = None) -> ElasticKVError:
     """The error for a status code of the native core (`code_name()` in status.hpp). Called by the bindings.
 
     A code that this module does not know becomes the base class with the code in front of the text, so that no
     failure is lost between two versions.
     """
-    known = _BY_CODE.get(code)
-    return known(message) if known is not None else ElasticKVError(f"{code}: {message}")
+    kind = _BY_CODE.get(code, ElasticKVError)
+    return _rebuild(kind, message if code in _BY_CODE else f"{code}: {message}", dict(attributes or {}))
+
+
+def code_of(error: ElasticKVError) -> str:
+    """The code that from_code() turns into the error's class, or into the nearest class above it; else "error"."""
+    for kind in type(error).__mro__:
+        for code, known in _BY_CODE.items():
+            if known is kind:
+                return code
+    return "error"
 
 
 def _rebuild(kind: type[ElasticKVError], message: str, attributes: dict[str, object]) -> ElasticKVError:

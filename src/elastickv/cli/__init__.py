@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from elastickv.cli.control import app as control
 from elastickv.cli.demo import demo
 from elastickv.cli.doctor import doctor
 from elastickv.cli.limit import limit
@@ -30,6 +31,7 @@ app = typer.Typer(
 app.command(context_settings={"allow_interspersed_args": False})(run)
 for verb in (status, top, limit, plan, doctor, demo):
     app.command()(verb)
+app.add_typer(control, name="control")
 
 
 @app.callback(invoke_without_command=True)

@@ -1,0 +1,151 @@
+"""The control server: a socket at its place, and as many clients as its bounds allow.
+
+It runs in the event loop of whoever starts it: `elastickv control` is nothing else, and a gateway can hold one. A
+client that is silent, slow or hostile costs the others nothing: every wait has a deadline, every buffer a bound, and
+a newcomer to a full server takes the place of whoever has been silent longest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+import resource
+import socket
+import struct
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+from elastickv.config import Settings
+from elastickv.control.connection import Connection, ControlLimits
+from elastickv.control.place import SOCKET_NAME, Place
+from elastickv.control.service import Service
+from elastickv.errors import AccessDenied, AlreadyExists, Unavailable
+
+__all__ = ["ControlServer"]
+
+log = logging.getLogger(__name__)
+
+BACKLOG: Final = 64
+"""Connections that the kernel keeps until they are accepted."""
+TURN: Final = 2
+"""Connections that are accepted before the other clients have their turn."""
+STOP_S: Final = 5.0
+_UCRED: Final = struct.Struct("3i")
+
+
+class ControlServer:
+    """Serves the settings' directory. start() and stop() belong to one event loop; also an async context manager."""
+
+    def __init__(self, settings: Settings | None = None, limits: ControlLimits | None = None) -> None:
+        self.settings = settings if settings is not None else Settings.load()
+        self.limits = _affordable(limits if limits is not None else ControlLimits())
+        self._service = Service(self.settings)
+        self._place: Place | None = None
+        self._server: asyncio.Server | None = None
+        self._connections: dict[Connection, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        """Of the connections, and of those that were told to go and have not gone yet."""
+
+    @property
+    def path(self) -> Path:
+        """The socket's."""
+        return self.settings.directory / SOCKET_NAME
+
+    async def start(self) -> None:
+        """Listens. AlreadyExists where a living server has the place, AccessDenied where it is not private."""
+        if self._place is not None:
+            raise AlreadyExists(f"this control server serves '{self.path}' already", path=str(self.path))
+        place = Place(self.settings.directory)
+        listening = place.listening
+        try:
+            self._server = await asyncio.start_server(
+                self._accept, sock=listening, limit=self.limits.frame, backlog=TURN
+            )
+            # asyncio takes one number for the kernel's queue and for its own turn at accepting. The queue is longer.
+            listening.listen(BACKLOG)
+        except BaseException:  # whatever it was goes on to the caller; the place must be free again
+            place.close()
+            raise
+        self._place = place
+
+    async def stop(self) -> None:
+        """Closes every connection, removes the socket and lets go of the lock. Orders that were given stand."""
+        if self._place is None:
+            return
+        if self._server is not None:
+            self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(set(self._tasks), timeout=STOP_S)
+        self._service.close()
+        self._place.close()
+        self._place = self._server = None
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = Connection(self._service, self.limits, reader, writer, self._may_watch)
+        try:
+            _check_peer(writer)
+            self._make_room()
+        except (AccessDenied, Unavailable) as error:
+            connection.refuse(error)
+            writer.close()
+            return
+        task = asyncio.ensure_future(self._run(connection, writer))
+        self._connections[connection] = task
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, connection: Connection, writer: asyncio.StreamWriter) -> None:
+        try:
+            await connection.run()
+        except ConnectionError:
+            log.debug("a control client has left")
+        except asyncio.CancelledError:
+            # Its place was taken, or the server stops. The task ends as one that is done, not as one that failed.
+            connection.refuse(Unavailable("the connection is closed to make room, or because the server stops"))
+        finally:
+            self._connections.pop(connection, None)
+            writer.close()
+
+    def _make_room(self) -> None:
+        if len(self._connections) < self.limits.connections:
+            return
+        silent = [connection for connection in self._connections if not connection.busy]
+        if not silent:
+            raise Unavailable(f"{len(self._connections)} clients are being served, which is the most; try again later")
+        # Those that never asked for anything go first.
+        oldest = min(silent, key=lambda connection: (connection.served, connection.since))
+        self._connections.pop(oldest).cancel()
+
+    def _may_watch(self) -> bool:
+        return sum(connection.watching for connection in self._connections) < self.limits.watches
+
+    async def __aenter__(self) -> ControlServer:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+
+def _check_peer(writer: asyncio.StreamWriter) -> None:
+    """The user that the kernel says connected must be the server's own; root has no way in either."""
+    raw = writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    _, uid, _ = _UCRED.unpack(raw)
+    if uid != os.geteuid():
+        raise AccessDenied(
+            f"user {uid} has no business here: this control server answers user {os.geteuid()} alone", uid=uid
+        )
+
+
+def _affordable(limits: ControlLimits) -> ControlLimits:
+    """As many connections as leave half of this process's descriptors to others."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = limits.connections if soft == resource.RLIM_INFINITY else max(8, min(limits.connections, soft // 2))
+    return dataclasses.replace(limits, connections=most)
