@@ -235,6 +235,15 @@ void bind_tenant(nb::module_ &module) {
             },
             nb::arg("what"), nb::arg("ns"), "Adds a sample to one of the tenant's histograms.")
         .def("add_mapped", &Tenant::add_mapped, nb::arg("bytes"))
+        .def(
+            "describe",
+            [](Tenant &self, std::optional<std::string> engine, std::optional<std::string> layout,
+               std::optional<std::uint64_t> page_bytes) {
+                self.describe({std::move(engine), std::move(layout), page_bytes});
+            },
+            nb::arg("engine").none() = nb::none(), nb::arg("layout").none() = nb::none(),
+            nb::arg("page_bytes").none() = nb::none(), unlocked,
+            "Changes what stands in the row for people; None leaves it.")
         .def("bell_word", &Tenant::bell_word)
         .def("wait_bell", &Tenant::wait_bell, nb::arg("seen"), nb::arg("timeout_us"), unlocked)
         .def("ring_self", &Tenant::ring_self, unlocked)

@@ -45,6 +45,7 @@ PREFIX: Final = "ELASTICKV"
 CONFIG_VARIABLE: Final = "ELASTICKV_CONFIG"
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 MIN_PAGE: Final = 4096
+STATIC_WORDS: Final = ("auto", "none", "checkpoint")
 
 _NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,63}", re.ASCII)
 _DEVICE: Final = re.compile(r"host|auto|(cuda:)?[0-9]{1,3}|(GPU|MIG)-[0-9A-Fa-f-]{1,40}", re.ASCII)
@@ -121,6 +122,11 @@ def _positive_size(text: str, what: str) -> int:
     return size
 
 
+def _static(text: str, what: str) -> str | int:
+    word = text.strip().lower()
+    return word if word in STATIC_WORDS else parse_size(text, what)
+
+
 def _page(text: str, what: str) -> int:
     size = parse_size(text, what)
     if size < MIN_PAGE or size & (size - 1):
@@ -175,8 +181,27 @@ VARIABLES: Final[tuple[Variable, ...]] = (
     Variable(
         "capacity",
         _positive_size,
-        "host: half of the memory; a GPU: what is free once the first engine is loaded, less 5 %",
+        "host: half of the memory; a GPU: all of it but the headroom",
         "Bytes of the device that the tenants share. The first one on the device decides; the others must agree.",
+    ),
+    Variable(
+        "headroom",
+        parse_size,
+        "512MiB",
+        "Bytes of a GPU that nobody is lent, where no capacity is given: for what libraries load later.",
+    ),
+    Variable(
+        "static",
+        _static,
+        "auto",
+        "What is leased for weights, graphs and activations before an engine loads: none, checkpoint (the size of its "
+        "files, corrected once it is loaded), bytes a rank, or auto (checkpoint on a GPU, none on the host).",
+    ),
+    Variable(
+        "start_wait",
+        parse_seconds,
+        "120",
+        "Seconds that an engine's start, or its waking up, waits for neighbours to make room.",
     ),
     Variable(
         "name", _name, "engine-PID", "The tenant's name on the ledger. A limit set later is kept under this name."
@@ -232,6 +257,12 @@ class Settings:
     enabled: bool = False
     device: str = "auto"
     capacity: int | None = None
+    headroom: int = 512 * 1024 * 1024
+    """Libraries go on loading kernels and growing workspaces while an engine serves, and that shows as unmanaged memory
+    only once it is taken. Half a GiB is an estimate of what comes between two looks at a GPU; it is less than 1 % of
+    one with 80 GB."""
+    static: str | int = "auto"
+    start_wait: float = 120.0
     name: str | None = None
     floor: int = 0
     limit: int | None = None

@@ -79,7 +79,13 @@ def test_on_hooks_every_seam_once() -> None:
     )
     assert code == 0, err
     assert out["once"] is True
-    assert out["names"] == ["elastickv_fence", "elastickv_look", "elastickv_report"]
+    assert out["names"] == [
+        "elastickv_begin",
+        "elastickv_fence",
+        "elastickv_footprint",
+        "elastickv_look",
+        "elastickv_report",
+    ]
     assert out["hooked"] == sorted(
         [
             "vllm.config.scheduler.SchedulerConfig.get_scheduler_cls",
@@ -91,12 +97,14 @@ def test_on_hooks_every_seam_once() -> None:
             "vllm.v1.engine.core.get_kv_cache_configs",
             "vllm.v1.engine.core.resolve_kv_cache_layout",
             "vllm.v1.executor.abstract.Executor.__init__",
+            "vllm.v1.executor.abstract.Executor.compile_or_warm_up_model",
             "vllm.v1.executor.abstract.Executor.determine_available_memory",
             "vllm.v1.executor.abstract.Executor.initialize_from_config",
             "vllm.v1.worker.gpu_worker.Worker._maybe_get_memory_pool_context",
             "vllm.v1.worker.gpu_worker.Worker.compile_or_warm_up_model",
             "vllm.v1.worker.gpu_worker.Worker.execute_model",
             "vllm.v1.worker.gpu_worker.Worker.initialize_from_config",
+            "vllm.v1.worker.gpu_worker.Worker.load_model",
             "vllm.v1.worker.gpu_worker.Worker.shutdown",
             "vllm.v1.worker.gpu_worker.Worker.sleep",
         ]

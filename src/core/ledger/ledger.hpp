@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -220,6 +221,12 @@ class Tenant {
     // What this process has on the device of the tenant's static lease now. Each member says its own; they add up.
     virtual void publish_static_used(std::uint64_t bytes) noexcept = 0;
     virtual void observe(Latency what, std::uint64_t ns) noexcept = 0;  // no lock
+    // What stands in the row for people, and is known only after the join, or changes.
+    struct Description {
+        std::optional<std::string> engine, layout;
+        std::optional<std::uint64_t> page_bytes;
+    };
+    virtual void describe(const Description &) noexcept {}
 };
 
 }  // namespace elastickv

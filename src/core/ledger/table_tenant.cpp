@@ -372,4 +372,15 @@ void TableTenant::observe(Latency what, std::uint64_t ns) noexcept {
     if (entry.ours()) row().latencies[static_cast<std::size_t>(what)].add(ns);
 }
 
+// Under the lock, so that no reader finds half a text. Without it (a holder that is stuck) nothing is changed.
+void TableTenant::describe(const Description &description) noexcept {
+    const Entry entry(*this);
+    if (!entry.ours()) return;
+    const Result<TableGuard> guard = table_.lock("describing a tenant");
+    if (!guard.ok()) return;
+    if (description.engine) row().engine.store(*description.engine);
+    if (description.layout) row().layout.store(*description.layout);
+    if (description.page_bytes) put(row().page_bytes, *description.page_bytes);
+}
+
 }  // namespace elastickv::ledger

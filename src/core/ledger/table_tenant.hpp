@@ -50,6 +50,7 @@ class TableTenant final : public Tenant {
     void add_mapped(std::int64_t bytes) noexcept override;
     void publish_static_used(std::uint64_t bytes) noexcept override;
     void observe(Latency what, std::uint64_t ns) noexcept override;
+    void describe(const Description &description) noexcept override;
 
   private:
     Row &row() const noexcept { return table_.row(slot_); }

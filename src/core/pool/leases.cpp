@@ -35,7 +35,10 @@ std::uint64_t Leases::headroom() {
 
 std::uint64_t Leases::floor_pages() const noexcept {
     std::uint64_t pages = 0;
-    for (const auto &share : shares_) pages = std::max(pages, share.tenant->floor() / share.page_cost);
+    for (const auto &share : shares_) {
+        const std::uint64_t floor = share.tenant->floor(), besides = share.tenant->static_bytes();
+        if (floor > besides) pages = std::max(pages, (floor - besides) / share.page_cost);
+    }
     return pages;
 }
 

@@ -2,59 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from elastickv import _core
-from elastickv.config import Settings, default_host_capacity
+from elastickv.config import Settings
 from elastickv.errors import InvalidArgument
+from elastickv.memory.capacity import device_page
 from elastickv.memory.geometry import PoolGeometry, RankGeometry
 from elastickv.memory.rank import RankSpec
+from elastickv.memory.tenancy import Tenancy
 from elastickv.units import format_size
 
-__all__ = ["CUDA_PAGE", "Cache", "device_page", "open_device_ledger"]
-
-CUDA_PAGE = 2 * 1024 * 1024
-"""Minimum and recommended granularity of cuMemCreate on NVIDIA GPUs so far; the driver is asked again on attach."""
+__all__ = ["Cache"]
 
 CUDA_EXTENT = 128 * 1024 * 1024
 """Growing by 8 GiB and giving it back takes 4.1 + 4.5 ms in such extents, 8.1 + 7.9 ms in extents of 64 MiB, and no
 less in larger ones (H100, driver 580; benchmarks/gpu/growth.py)."""
-
-
-HOST_PAGE = 64 * 1024
-HOST_RANGES = 16384
-"""Ranges that a host cache is mapped in at most: the kernel allows a process 65,530 (vm.max_map_count), and the host
-driver takes less than half of them, for splitting a range to unmap it needs more."""
-
-
-def device_page(device: str, settings: Settings, capacity: int) -> int:
-    """The page of the device, in bytes.
-
-    On the host it is 64 KiB, or the power of two that cuts the virtual size (or the capacity, bytes) into HOST_RANGES.
-    """
-    if device != "host":
-        return CUDA_PAGE
-    if settings.page is not None:
-        return settings.page
-    reach = settings.virtual or capacity
-    return max(HOST_PAGE, 1 << max(0, (reach // HOST_RANGES - 1).bit_length()))
-
-
-def open_device_ledger(device: str, settings: Settings, capacity: int | None = None) -> _core.Ledger:
-    """The ledger of a device; the settings' capacity beats `capacity`, which beats what the ledger says."""
-    wanted = settings.capacity or capacity or (default_host_capacity() if device == "host" else 0)
-    if settings.capacity is None:
-        # Nobody asked for a size here: whoever came first has decided it.
-        existing = _existing_capacity(device, settings)
-        wanted = existing or wanted
-    return _core.Ledger.open(str(settings.directory), device, capacity=wanted)
-
-
-def _existing_capacity(device: str, settings: Settings) -> int:
-    if not (settings.directory / f"{device}.ledger").exists():
-        return 0
-    return int(_core.Ledger.open(str(settings.directory), device).view()["capacity"])
 
 
 class Cache:
@@ -62,54 +26,71 @@ class Cache:
 
     def __init__(
         self,
-        settings: Settings,
+        tenancy: Tenancy,
         geometry: PoolGeometry,
-        tenants: Mapping[str, _core.Tenant],
         table: _core.PageTable,
         pool: _core.Pool,
         layout: str,
+        *,
+        owns_tenancy: bool,
     ) -> None:
-        self.settings = settings
+        self.tenancy = tenancy
+        self.settings = tenancy.settings
         self.geometry = geometry
         self.layout = layout
         self.pool = pool
-        self.tenants = dict(tenants)
+        self.tenants = tenancy.tenants
         self._table = table
+        self._owns_tenancy = owns_tenancy
 
     @classmethod
     def create(
-        cls,
-        settings: Settings,
-        *,
-        num_blocks: int,
-        ranks: Sequence[RankGeometry],
-        engine: str = "",
-        layout: str = "",
-        capacity: Mapping[str, int] | None = None,
+        cls, settings: Settings, *, num_blocks: int, ranks: Sequence[RankGeometry], engine: str = "", layout: str = ""
     ) -> Cache:
         """Joins every device's ledger, then leases and orders the pages of block 0.
 
-        `capacity`: bytes of a device, by device, for a ledger that is made now and settings that name none. Raises
-        an ElasticKVError, with nothing joined, where names, sizes or budgets do not work.
+        Raises an ElasticKVError, with nothing joined, where names, sizes or budgets do not work.
         """
-        devices = tuple(dict.fromkeys(rank.device for rank in ranks))
-        if not devices:
+        if not ranks:
             raise InvalidArgument("a cache needs at least one rank", ranks=0)
-        ledgers = {device: open_device_ledger(device, settings, (capacity or {}).get(device)) for device in devices}
-        page = device_page(devices[0], settings, int(ledgers[devices[0]].view()["capacity"]))
-        geometry = PoolGeometry.of(num_blocks, page, ranks)
-        tenants: dict[str, _core.Tenant] = {}
+        tenancy = Tenancy.join(settings, [rank.device for rank in ranks], engine=engine)
         try:
-            for device, ledger in ledgers.items():
-                tenants[device] = _join(ledger, device, settings, geometry, engine, layout)
-            return cls._over(settings, geometry, tenants, layout)
+            return cls.within(tenancy, num_blocks=num_blocks, ranks=ranks, layout=layout, owns_tenancy=True)
         except BaseException:  # whatever it was, the names must be free again; it goes on to the caller
-            for tenant in tenants.values():
-                tenant.close()
+            tenancy.close()
             raise
 
     @classmethod
-    def _over(cls, settings: Settings, geometry: PoolGeometry, tenants: dict[str, _core.Tenant], layout: str) -> Cache:
+    def within(
+        cls,
+        tenancy: Tenancy,
+        *,
+        num_blocks: int,
+        ranks: Sequence[RankGeometry],
+        layout: str = "",
+        owns_tenancy: bool = False,
+    ) -> Cache:
+        """The cache of a tenant that is on the ledgers already; leases and orders the pages of block 0.
+
+        Raises an ElasticKVError, and the tenant is as it was, where sizes or budgets do not work. `owns_tenancy`:
+        close() leaves the ledgers too.
+        """
+        if not ranks:
+            raise InvalidArgument("a cache needs at least one rank", ranks=0)
+        settings = tenancy.settings
+        capacity = tenancy.view(ranks[0].device).capacity
+        geometry = PoolGeometry.of(num_blocks, device_page(ranks[0].device, settings, capacity), ranks)
+        for device in geometry.devices:
+            _check_budget(tenancy, device, geometry)
+        for device, tenant in tenancy.tenants.items():
+            tenant.describe(layout=layout, page_bytes=geometry.page_cost(device))
+        table, pool = cls._pool(settings, geometry, tenancy.tenants)
+        return cls(tenancy, geometry, table, pool, layout, owns_tenancy=owns_tenancy)
+
+    @classmethod
+    def _pool(
+        cls, settings: Settings, geometry: PoolGeometry, tenants: dict[str, _core.Tenant]
+    ) -> tuple[_core.PageTable, _core.Pool]:
         first = next(iter(tenants.values()))
         table = _core.PageTable.create(geometry.pages, len(geometry.ranks), first.incarnation)
         pool = _core.Pool.make(
@@ -124,7 +105,7 @@ class Cache:
             cache_release_us=_core.NEVER if settings.cache_release is None else int(settings.cache_release * 1e6),
             give_back_wait_us=settings.give_back_wait * 1000,
         )
-        return cls(settings, geometry, tenants, table, pool, layout)
+        return table, pool
 
     @staticmethod
     def _pages(size: int, geometry: PoolGeometry) -> int:
@@ -177,17 +158,17 @@ class Cache:
         return [self._table.rank_stats(rank) for rank in range(len(self.geometry.ranks))]
 
     def close(self) -> None:
-        """Tells the ranks to unmap everything and leaves the ledger. The pool must not be used afterwards."""
+        """Tells the ranks to unmap everything. The pool must not be used afterwards.
+
+        What it has leased goes back when the tenant leaves: here, if the cache was made with a tenant of its own.
+        """
         self.pool.close()
-        for tenant in self.tenants.values():
-            tenant.close()
+        if self._owns_tenancy:
+            self.tenancy.close()
 
 
-def _join(
-    ledger: _core.Ledger, device: str, settings: Settings, geometry: PoolGeometry, engine: str, layout: str
-) -> _core.Tenant:
-    capacity = int(ledger.view()["capacity"])
-    budget = min(capacity, settings.limit if settings.limit is not None else capacity)
+def _check_budget(tenancy: Tenancy, device: str, geometry: PoolGeometry) -> None:
+    budget = tenancy.budget(device)
     # The page of block 0, which is always held, and the pages of one block more.
     least = geometry.block_cost(device) + -(-geometry.block_bytes // geometry.page_bytes) * geometry.page_cost(device)
     if least > budget:
@@ -197,14 +178,3 @@ def _join(
             block_bytes=geometry.block_cost(device),
             budget=budget,
         )
-    return ledger.join(
-        settings.tenant_name,
-        floor=settings.floor,
-        limit=settings.limit,
-        set_limit=settings.set_limit,
-        weight=settings.weight,
-        priority=settings.priority,
-        engine=engine,
-        layout=layout,
-        page_bytes=geometry.page_cost(device),
-    )

@@ -12,7 +12,8 @@ from elastickv import _core
 from elastickv.config import Settings
 from elastickv.errors import InvalidArgument
 from elastickv.ledger import DeviceView
-from elastickv.memory.cache import Cache, open_device_ledger
+from elastickv.memory.cache import Cache
+from elastickv.memory.capacity import open_device_ledger
 from elastickv.memory.geometry import RankGeometry
 from elastickv.memory.rank import RankMemory
 from elastickv.memory.steward import Steward

@@ -1,8 +1,9 @@
 """How many blocks the virtual cache gets, and what vLLM must be told so that it does no arithmetic with free memory.
 
-Two sizes matter. The *budget* is what the tenant may ever hold: the smaller of its limit and the device's capacity;
-one request of max_model_len tokens must fit in it. The *virtual* size is how far the addresses reach: the capacity,
-unless the user says otherwise, so that a limit can be raised while the engine runs.
+Two sizes matter. The *budget* is what the cache may ever hold: the smaller of the tenant's limit and the device's
+capacity, less what the tenant leases besides (weights, graphs); one request of max_model_len tokens must fit in it. The
+*virtual* size is how far the addresses reach: the capacity, unless the user says otherwise, so that a limit can be
+raised while the engine runs.
 """
 
 from __future__ import annotations
@@ -26,17 +27,18 @@ Planner = Callable[[Any, list[dict[str, Any]], list[int]], list[Any]]
 
 
 class Device(NamedTuple):
-    """What is known of a device before the cache is made; bytes, limit None: no limit."""
+    """What is known of a device before the cache is made; bytes, limit None: no limit. static: leased besides."""
 
     name: str
     page_bytes: int
     capacity: int
     limit: int | None
+    static: int = 0
 
     @property
     def budget(self) -> int:
-        """The most bytes that the tenant may ever hold here."""
-        return self.capacity if self.limit is None else min(self.limit, self.capacity)
+        """The most bytes that the cache may ever hold here."""
+        return max(0, (self.capacity if self.limit is None else min(self.limit, self.capacity)) - self.static)
 
 
 class Wish(NamedTuple):
@@ -104,6 +106,10 @@ class _Costs:
             if need > device.budget:
                 limited = device.limit is not None and device.limit < device.capacity
                 what = "this tenant's limit" if limited else f"the capacity of {name}"
+                if device.static:
+                    whole = format_size(device.budget + device.static)
+                    left = f"{whole} leaves {format_size(device.budget)} beside its weights and graphs"
+                    return f"{format_size(need)}, and {what} of {left}"
                 return f"{format_size(need)}, and {what} is {format_size(device.budget)}"
         return f"{blocks} blocks"
 

@@ -23,6 +23,7 @@ def executor_init(original: Method, settings: Settings, version: str) -> Method:
         session = Session(vllm_config, settings, version)
         try:
             blocksize.raise_block_size(vllm_config)
+            session.begin()
             original(self, vllm_config, *args, **kwargs)
         except BaseException:  # whatever it was goes on; the session must not stay
             session.close()
@@ -35,6 +36,7 @@ def _determine_available_memory(original: Method) -> Method:
     """The workers profile, and say who they are; what they say of free memory is not used."""
 
     def wrapped(self: Any) -> Any:
+        self.collective_rpc("elastickv_begin")
         answer = original(self)
         find(self.vllm_config).look_at_ranks(self)
         return answer
@@ -47,6 +49,15 @@ def _initialize_from_config(original: Method) -> Method:
         session = find(self.vllm_config)
         session.create_cache(kv_cache_configs)
         return original(self, kv_cache_configs)
+
+    return wrapped
+
+
+def _compile_or_warm_up_model(original: Method) -> Method:
+    def wrapped(self: Any) -> Any:
+        result = original(self)
+        find(self.vllm_config).warmed_up(self)
+        return result
 
     return wrapped
 
@@ -119,6 +130,7 @@ def _get_scheduler_cls(original: Method) -> Method:
 EXECUTOR = {
     "determine_available_memory": _determine_available_memory,
     "initialize_from_config": _initialize_from_config,
+    "compile_or_warm_up_model": _compile_or_warm_up_model,
 }
 ENGINE = {
     "_initialize_kv_caches": _initialize_kv_caches,

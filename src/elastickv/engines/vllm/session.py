@@ -5,25 +5,27 @@ from __future__ import annotations
 import os
 import threading
 import time
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from vllm.logger import init_logger
 
 from elastickv.config import Settings
-from elastickv.engines.vllm import budget, gate, geometry, scheduler
+from elastickv.engines.vllm import budget, gate, geometry, ranks, scheduler, weights
 from elastickv.engines.vllm.blockpool import ElasticBlockPool
 from elastickv.engines.vllm.idle import EngineSteward
+from elastickv.engines.vllm.static import StaticLease
 from elastickv.errors import DeadlineExceeded, EngineRefused, Unavailable
-from elastickv.memory import Cache, RankGeometry, device_page, open_device_ledger
+from elastickv.memory import Cache, RankGeometry, Tenancy, device_page
+from elastickv.planning.static import static_bytes
 
 __all__ = ["Session", "any_here", "close", "find", "leave"]
 
 _logger = init_logger("vllm.elastickv")
 
 READY_S: Final = 60.0
-ROOM_S: Final = 120.0
-"""How long a start waits until the neighbours leave room for the first page, in seconds."""
 RPC_S: Final = 60.0
+
+_Part = TypeVar("_Part")
 
 _sessions: list[Session] = []
 
@@ -73,43 +75,60 @@ class Session:
         self.lock = threading.RLock()
         self.engine: Any = None
         self.executor: Any = None
+        self.ranks: list[str] = []
+        self.tenancy: Tenancy | None = None
+        self.static: StaticLease | None = None
         self.devices: list[budget.Device] = []
         self.shapes: list[RankGeometry] = []
         self.cache: Cache | None = None
         self.pool: ElasticBlockPool | None = None
         self.scheduler: Any = None
         self._steward: EngineSteward | None = None
-        self._capacity: dict[str, int] = {}
         self._sent = 0
         self._prove = False
         _sessions.append(self)
 
     # --- start
 
+    def begin(self) -> None:
+        """Joins the ledgers and leases what the engine will hold besides its cache; nothing is loaded yet."""
+        self.ranks = ranks.expected(self.config, self.settings)
+        self.tenancy = Tenancy.join(self.settings, self.ranks, engine=f"vllm {self.version}")
+        self.tenancy.watch_limits()
+        self.config.elastickv_place = self.tenancy.place(self.ranks)
+        self.static = StaticLease(self.tenancy, self.ranks, self._while_waiting)
+        if self.static.counted:
+            on_gpu = "host" not in self.ranks
+            needs = weights.of_ranks(self.config) if self.static.fixed is None else [0] * len(self.ranks)
+            self.static.reserve([static_bytes(size, on_gpu=on_gpu) for size in needs])
+
     def look_at_ranks(self, executor: Any) -> None:
-        """Learns each rank's device and backends; called once the models are loaded."""
+        """Learns each rank's device and backends, and what it has taken; called once the models are loaded."""
         self.executor = executor
+        tenancy, static = self._need(self.tenancy), self._need(self.static)
         reports = executor.collective_rpc("elastickv_look", timeout=RPC_S)
+        ranks.check(self.ranks, [report["device"] for report in reports])
         for report in reports:
             gate.check_backends(report["backends"])
-        self._capacity = {report["device"]: report["capacity"] for report in reports if report["capacity"]}
-        known = {name: self._device(name) for name in dict.fromkeys(report["device"] for report in reports)}
-        self.devices = [known[report["device"]] for report in reports]
+        eager = bool(self.config.model_config.enforce_eager) or "host" in self.ranks
+        static.true_up([report["footprint"] for report in reports], more_to_come=not eager)
+        known = {name: self._device(tenancy, name) for name in tenancy.tenants}
+        self.devices = [known[name] for name in self.ranks]
 
-    def _device(self, name: str) -> budget.Device:
-        settings = self.settings
-        if settings.device not in ("auto", name) and not settings.device.isdecimal():
-            raise EngineRefused(
-                f"elastickv was told to manage {settings.device}, and this engine runs on {name}; "
-                "correct ELASTICKV_DEVICE or leave it out"
-            )
-        view = open_device_ledger(name, settings, self._capacity.get(name)).view()
-        limit = settings.limit
-        if not settings.set_limit:
-            kept = [row["limit_wanted"] for row in view["tenants"] if row["name"] == settings.tenant_name]
-            limit = kept[0] if kept else None
-        capacity = int(view["capacity"])
-        return budget.Device(name, device_page(name, settings, capacity), capacity, limit)
+    def warmed_up(self, executor: Any) -> None:
+        """Corrects what is leased besides the cache once graphs are captured."""
+        static = self._need(self.static)
+        static.true_up(executor.collective_rpc("elastickv_footprint", timeout=RPC_S), more_to_come=False)
+
+    def _device(self, tenancy: Tenancy, name: str) -> budget.Device:
+        capacity = tenancy.view(name).capacity
+        tenant = tenancy.tenants[name]
+        page = device_page(name, self.settings, capacity)
+        return budget.Device(name, page, capacity, tenant.limit_wanted[0], tenant.static_bytes)
+
+    def _while_waiting(self) -> None:
+        """What must go on while the engine's thread waits for its neighbours."""
+        self._need(self.tenancy).acknowledge_limits()
 
     def plan(self, planner: budget.Planner, specs: list[dict[str, Any]]) -> list[Any]:
         """The configuration of each rank's cache, sized by the tenant's budget."""
@@ -122,19 +141,14 @@ class Session:
         return planned.configs
 
     def create_cache(self, configs: list[Any]) -> None:
-        """Joins the ledger and puts on each rank's configuration what the rank needs to attach."""
+        """Makes the cache and puts on each rank's configuration what the rank needs to attach."""
         layout = geometry.describe(self.shapes, configs[0].kv_cache_layout)
-        until = time.monotonic() + ROOM_S
+        tenancy = self._need(self.tenancy)
+        until = time.monotonic() + self.settings.start_wait
         while self.cache is None:
             try:
-                self.cache = Cache.create(
-                    self.settings,
-                    num_blocks=configs[0].num_blocks,
-                    ranks=self.shapes,
-                    engine=f"vllm {self.version}",
-                    layout=layout,
-                    capacity=self._capacity,
-                )
+                blocks = configs[0].num_blocks
+                self.cache = Cache.within(tenancy, num_blocks=blocks, ranks=self.shapes, layout=layout)
             except Unavailable as error:  # the neighbours have requests running in every page
                 if time.monotonic() >= until:
                     raise
@@ -145,7 +159,7 @@ class Session:
     def adopt_scheduler(self, made: Any) -> None:
         """Makes the scheduler's pool elastic, proves that everything is hooked, and starts looking after it."""
         try:
-            cache = self._need_cache()
+            cache = self._need(self.cache)
             cache.wait_ready(READY_S)
             watermark = self.config.scheduler_config.watermark
             self.pool = scheduler.attach(made, cache.pool, self.budget_blocks, watermark)
@@ -154,7 +168,8 @@ class Session:
         except BaseException:  # the engine will not be; its place on the ledger must not stay
             self.close()
             raise
-        _logger.info("%s", cache.describe())
+        _logger.info("%s, %s", cache.describe(), self._need(self.static).describe())
+        self._need(self.tenancy).stop_watching()
         self._steward = EngineSteward(self, self.pool.native)
         self._steward.start()
 
@@ -172,19 +187,20 @@ class Session:
 
     def budget_blocks(self) -> int:
         """How many blocks the tenant may hold under its limit as it is now."""
-        cache = self._need_cache()
+        cache = self._need(self.cache)
         room = cache.geometry.num_blocks
         for device in self.devices:
-            limit = cache.tenants[device.name].limit_wanted[0]
-            budget_bytes = device.capacity if limit is None else min(limit, device.capacity)
+            tenant = cache.tenants[device.name]
+            now = device._replace(limit=tenant.limit_wanted[0], static=tenant.static_bytes)
             per_block = sum(s.spans * s.block_bytes for s in self.shapes if s.device == device.name)
-            room = min(room, budget_bytes // per_block)
+            room = min(room, now.budget // per_block)
         return max(1, room - 1)
 
-    def _need_cache(self) -> Cache:
-        if self.cache is None:
-            raise EngineRefused("elastickv was asked for the cache before vLLM planned it; please report this")
-        return self.cache
+    @staticmethod
+    def _need(part: _Part | None) -> _Part:
+        if part is None:
+            raise EngineRefused("elastickv was asked for a part of this engine before its start; please report this")
+        return part
 
     # --- steps
 
@@ -253,6 +269,9 @@ class Session:
                 cache.close()
             except DeadlineExceeded as error:
                 _logger.warning("elastickv: %s", error)
+        if self.tenancy is not None:
+            tenancy, self.tenancy = self.tenancy, None
+            tenancy.close()
 
 
 def _resolve(name: str) -> type:

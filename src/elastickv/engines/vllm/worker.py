@@ -11,40 +11,27 @@ from typing import Any
 
 import torch
 
-from elastickv.engines.vllm import session, watch
+from elastickv.engines.vllm import footprint, session, watch
 from elastickv.engines.vllm.backing import Backing
 from elastickv.engines.vllm.scheduler import TICKET
 from elastickv.errors import EngineRefused
+from elastickv.memory.tenancy import attach_member
 
 __all__ = ["METHODS", "WRAPPERS"]
 
 Method = Callable[..., Any]
 
-_ROOM = 0.05
-"""Part of a GPU that is left for CUDA graphs, workspaces and whatever else comes after the profile run."""
-_UNIT = 2 * 1024 * 1024
-
 
 def _look(worker: Any) -> dict[str, Any]:
-    """The rank's device, its bytes for caches if nobody names another number, and its attention backends.
-
-    These bytes are what is free now that the model is loaded and was run once, less room for CUDA graphs and
-    workspaces; 0 on the host, where the settings decide.
-    """
+    """The rank's device, what it has taken of it, and its attention backends."""
     from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backends
 
-    device = worker.device
     backends = sorted(backend.get_name() for backend in get_current_attn_backends(worker.vllm_config))
-    if device.type == "cpu":
-        return {"device": "host", "capacity": 0, "backends": backends}
-    if device.type != "cuda":
-        raise EngineRefused(f"elastickv cannot manage a device of the type {device.type}; it manages cpu and cuda")
-    torch.cuda.empty_cache()  # what the profile run needed, and the next step takes again, is not counted twice
-    free, total = torch.cuda.mem_get_info(device)
-    peak = torch.cuda.max_memory_reserved(device) - torch.cuda.memory_reserved(device)
-    uuid = torch.cuda.get_device_properties(device).uuid
-    capacity = free - peak - int(_ROOM * total)
-    return {"device": f"GPU-{uuid}", "capacity": max(0, capacity) // _UNIT * _UNIT, "backends": backends}
+    return {
+        "device": footprint.device_of(worker),
+        "backends": backends,
+        "footprint": footprint.measure(worker),
+    }
 
 
 def _report(worker: Any) -> dict[str, Any]:
@@ -63,8 +50,28 @@ def _fence(worker: Any, ticket: int) -> None:
     worker.elastickv.fence(ticket, worker.device)
 
 
-METHODS = {"elastickv_look": _look, "elastickv_report": _report, "elastickv_fence": _fence}
+METHODS = {
+    "elastickv_begin": footprint.begin,
+    "elastickv_look": _look,
+    "elastickv_footprint": footprint.measure,
+    "elastickv_report": _report,
+    "elastickv_fence": _fence,
+}
 """Called by the engine through collective_rpc, by these names."""
+
+
+def _load_model(original: Method) -> Method:
+    """Belongs to the tenant before anything is loaded: its static bytes then stay leased until this process ends."""
+
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not session.any_here():  # then this is a process of its own, and an orphan once the engine's has gone
+            watch.end_with_parent()
+            place = getattr(self.vllm_config, "elastickv_place", None)
+            if place is not None:
+                self.elastickv_member = attach_member(place[self.rank])
+        return original(self, *args, **kwargs)
+
+    return wrapped
 
 
 def _initialize_from_config(original: Method) -> Method:
@@ -77,8 +84,6 @@ def _initialize_from_config(original: Method) -> Method:
                 "elastickv is on in this worker and off in its engine; give both the same environment, "
                 "or unset ELASTICKV to serve without it"
             )
-        if not session.any_here():  # then this is a process of its own, and an orphan once the engine's has gone
-            watch.end_with_parent()
         self.elastickv = Backing(spec)
         result = original(self, kv_cache_config, *args, **kwargs)
         self.elastickv.check_allocated(kv_cache_config.kv_cache_tensors[0].size)
@@ -158,6 +163,7 @@ def _shutdown(original: Method) -> Method:
 
 
 WRAPPERS = {
+    "load_model": _load_model,
     "initialize_from_config": _initialize_from_config,
     "_maybe_get_memory_pool_context": _memory_pool_context,
     "execute_model": _execute_model,

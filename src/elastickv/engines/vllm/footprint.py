@@ -1,0 +1,80 @@
+"""What a worker has on its device besides its cache. Runs in the worker."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Final
+
+import torch
+
+from elastickv.memory import gpu
+
+__all__ = ["begin", "device_of", "measure"]
+
+_CONTEXT: Final = 640 * 1024 * 1024
+"""Of a process outside of PyTorch's allocator, where NVML does not say: CUDA's context, kernels, NCCL, workspaces."""
+
+
+def device_of(worker: Any) -> str:
+    """The name of the rank's device: host, or the GPU's UUID."""
+    if worker.device.type == "cpu":
+        return "host"
+    return f"GPU-{torch.cuda.get_device_properties(worker.device).uuid}"
+
+
+def begin(worker: Any) -> None:
+    """From here on a peak counts: what loading took for a moment is over."""
+    if worker.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(worker.device)
+
+
+def measure(worker: Any) -> dict[str, Any]:
+    """Bytes: used now, the peak since begin(), and asleep by vLLM's tag. On the host only the model counts."""
+    if worker.device.type == "cpu":
+        model = _model_bytes(worker.model_runner.get_model())
+        return {"used": model, "peak": model, "asleep": {}}
+    asleep = _asleep()
+    reserved = torch.cuda.memory_reserved(worker.device) - sum(asleep.values())
+    outside = _outside(worker, reserved)
+    peak = torch.cuda.max_memory_reserved(worker.device)
+    return {"used": reserved + outside, "peak": max(reserved, peak) + outside, "asleep": asleep}
+
+
+def _model_bytes(model: torch.nn.Module) -> int:
+    storages: dict[int, int] = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in (*model.parameters(), *model.buffers())
+    }
+    return sum(storages.values()) + sum(_packed_bytes(module) for module in model.modules())
+
+
+def _packed_bytes(layer: Any) -> int:
+    """Of a linear layer whose weights vLLM has packed for the CPU: the parameter is empty then, and the copy hidden."""
+    weight = getattr(layer, "weight", None)
+    if not hasattr(layer, "cpu_linear") or weight is None or weight.numel():
+        return 0
+    rows = getattr(layer, "output_size_per_partition", layer.output_size)
+    columns = getattr(layer, "input_size_per_partition", layer.input_size)
+    return int(rows * columns * weight.element_size())
+
+
+def _outside(worker: Any, reserved: int) -> int:
+    """What the process has besides PyTorch's and the cache's memory."""
+    seen = gpu.process_memory(device_of(worker), os.getpid())
+    if seen is None:
+        return _CONTEXT
+    backing = getattr(worker, "elastickv", None)
+    return max(0, seen - reserved - (backing.memory.mapped_bytes if backing is not None else 0))
+
+
+def _asleep() -> dict[str, int]:
+    """By tag, what vLLM's allocator has unmapped and PyTorch still counts."""
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    allocator = CuMemAllocator.instance
+    sizes: dict[str, int] = {}
+    for data in allocator.pointer_to_data.values() if allocator is not None else ():
+        if data.is_asleep:
+            sizes[data.tag] = sizes.get(data.tag, 0) + int(data.handle[1])
+    return sizes
