@@ -96,8 +96,8 @@ def kill_the_operator(conductor: Conductor, life: Life, choose: random.Random) -
     """The one who orders a limit, or buries the dead, dies over it."""
     point = choose.choice(("ledger.limit.ordered", "ledger.lock.taken", "ledger.bury.cleared", "ledger.lock.release"))
     conductor.operator_doomed = True
-    conductor.phone.send(("fault", point, "kill", 0))
-    conductor.phone.send(("do", "limit", life.name, _limit(conductor, choose)))
+    conductor.ask_operator("fault", point, "kill", 0)
+    conductor.ask_operator("do", "limit", life.name, _limit(conductor, choose))
     conductor.report.line(f"arm the operator: killed at {point}")
     process = conductor.operator
     conductor.after(DOOM_S, lambda: process.kill() if process is conductor.operator else None)
@@ -182,7 +182,7 @@ def _limit(conductor: Conductor, choose: random.Random) -> int | None:
 
 def limit(conductor: Conductor, life: Life, choose: random.Random) -> None:
     """Another limit, often below what is in use."""
-    conductor.phone.send(("do", "limit", life.name, _limit(conductor, choose)))
+    conductor.ask_operator("do", "limit", life.name, _limit(conductor, choose))
 
 
 def trim(conductor: Conductor, life: Life, choose: random.Random) -> None:
@@ -190,12 +190,12 @@ def trim(conductor: Conductor, life: Life, choose: random.Random) -> None:
     if not hasattr(_core.Ledger, "order_trim"):
         conductor.report.skip("trims: this ledger knows none")
         return
-    conductor.phone.send(("do", "trim", life.name, choose.randrange(1, 32) * MIB))
+    conductor.ask_operator("do", "trim", life.name, choose.randrange(1, 32) * MIB)
 
 
 def read(conductor: Conductor, life: Life, choose: random.Random) -> None:
     """Somebody reads the table, or wants a name forgotten that lives."""
-    conductor.phone.send(("do", choose.choice(("view", "forget")), life.name, None))
+    conductor.ask_operator("do", choose.choice(("view", "forget")), life.name, None)
 
 
 def fork(conductor: Conductor, life: Life, choose: random.Random) -> None:

@@ -235,14 +235,6 @@ class Conductor:
                 kernel.send(life.pid, signal.SIGUSR1)  # its stacks go to stderr
                 self.report.violation(f"{life.name} life {life.spec.life} has said nothing for {silent:.0f} s")
                 life.kill("hang")
-        if not self.operator.is_alive():
-            if self.operator_doomed:
-                self.kills += 1
-                self.report.done("killed operator", "")
-            else:
-                self.report.violation(f"the operator ended with {self.operator.exitcode}")
-            self.operator_doomed = False
-            self.operator, self.phone = start(operator.main, str(self.options.directory))
         if self.report.seconds - self.sampled >= SAMPLE_S:
             self.sampled = self.report.seconds
             files = len(os.listdir(self.options.directory))  # noqa: PTH208 - a count
@@ -265,12 +257,30 @@ class Conductor:
         try:
             _, kind, name, outcome, took = self.phone.recv()
         except (EOFError, ConnectionResetError):
-            self.phone.close()
+            self._replace_operator()
             return
         self.report.done(f"{kind} {outcome.split(':')[0]}", f"{name} in {took * 1000:.1f} ms")
         self.report.most(f"{kind}_s", took)
         if outcome.startswith("unexpected"):
             self.report.violation(f"operator, {kind} of {name}: {outcome}")
+
+    def ask_operator(self, *message: object) -> None:
+        """An order; one to an operator that has just died is lost."""
+        try:
+            self.phone.send(message)
+        except (BrokenPipeError, ConnectionResetError):
+            return
+
+    def _replace_operator(self) -> None:
+        self.phone.close()
+        self.operator.join(20)
+        if self.operator_doomed:
+            self.kills += 1
+            self.report.done("killed operator", "")
+        else:
+            self.report.violation(f"the operator ended with {self.operator.exitcode}")
+        self.operator_doomed = False
+        self.operator, self.phone = start(operator.main, str(self.options.directory))
 
     def running(self) -> Sequence[Life]:
         """Those who work now."""

@@ -9,7 +9,6 @@ namespace elastickv::ledger {
 
 namespace {
 pthread_mutex_t registry_mutex = PTHREAD_MUTEX_INITIALIZER;  // held over list operations only, and by fork()
-std::atomic<std::uint64_t> epoch{1};
 std::atomic<std::uint64_t> pid{0};
 }  // namespace
 
@@ -37,7 +36,6 @@ struct Registry {
             remove(fd);
         }
         pid.store(0, std::memory_order_relaxed);
-        epoch.fetch_add(1, std::memory_order_relaxed);
         pthread_mutex_unlock(&registry_mutex);
     }
     static void install() noexcept { pthread_atfork(before_fork, after_fork_parent, after_fork_child); }
@@ -47,8 +45,6 @@ struct Registry {
     }
 };
 GuardedFd *Registry::first = nullptr;
-
-std::uint64_t fork_epoch() noexcept { return epoch.load(std::memory_order_relaxed); }
 
 std::uint64_t own_pid() noexcept {
     std::uint64_t value = pid.load(std::memory_order_relaxed);

@@ -7,10 +7,10 @@
 
 #include <cstdint>
 
+#include "base/origin.hpp"
+
 namespace elastickv::ledger {
 
-// Grows by one in every forked child: what was made under another epoch belongs to an ancestor.
-std::uint64_t fork_epoch() noexcept;
 std::uint64_t own_pid() noexcept;  // cached; right after fork()
 
 // Owns a descriptor that only this process may hold. Not movable: the registry points at it.

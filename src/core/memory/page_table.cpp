@@ -111,7 +111,7 @@ void PageTable::lay_out() noexcept {
 }
 
 PageTable::~PageTable() {
-    if (header_ != nullptr && owner_) {
+    if (header_ != nullptr && owner_ && !origin_.elsewhere()) {
         header_->closed.store(1, std::memory_order_release);
         ring_ranks();
     }
@@ -122,6 +122,7 @@ PageTable::~PageTable() {
 std::string PageTable::path() const { return "/proc/" + std::to_string(getpid()) + "/fd/" + std::to_string(file_); }
 
 void PageTable::order(std::uint64_t page, const Wanted &wanted, std::uint64_t ticket) noexcept {
+    if (origin_.elsewhere()) return;
     tickets_[page].store(ticket, std::memory_order_relaxed);
     wanted_[page].store(wanted.pack(), std::memory_order_release);
     (void)fault::point("memory.order.written");
@@ -131,7 +132,9 @@ void PageTable::order(std::uint64_t page, const Wanted &wanted, std::uint64_t ti
     (void)fault::point("memory.order.placed");
 }
 
-void PageTable::ring_ranks() noexcept { futex_ring(header_->order_bell); }
+void PageTable::ring_ranks() noexcept {
+    if (!origin_.elsewhere()) futex_ring(header_->order_bell);
+}
 
 std::uint32_t PageTable::ring_at(std::uint64_t position) const noexcept {
     return ring_[position & (header_->ring_size - 1)].load(std::memory_order_acquire);

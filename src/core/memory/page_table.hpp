@@ -11,6 +11,7 @@
 #include <memory>
 #include <string>
 
+#include "base/origin.hpp"
 #include "base/status.hpp"
 
 namespace elastickv {
@@ -100,6 +101,7 @@ class PageTable {
     PageTable() = default;
     void lay_out() noexcept;
 
+    const Origin origin_;  // a forked child orders nothing: the ranks are its parent's
     int file_ = -1;
     bool owner_ = false;
     void *base_ = nullptr;

@@ -66,6 +66,10 @@ Rank::~Rank() { close(); }
 
 void Rank::close() noexcept {
     if (!thread_.joinable()) return;
+    if (origin_.elsewhere()) {  // the mapper did not come along with the fork, and the memory is the parent's
+        thread_.detach();
+        return;
+    }
     stop_.store(true, std::memory_order_release);
     table_->ring_ranks();
     thread_.join();
@@ -76,6 +80,8 @@ void Rank::close() noexcept {
 std::uint64_t Rank::mapped_bytes() const noexcept { return slot_.mapped_bytes.load(std::memory_order_relaxed); }
 
 Status Rank::fence(std::uint64_t ticket, std::uint64_t stream) {
+    if (origin_.elsewhere())
+        return {Code::denied, "this memory belongs to the parent process; a forked child must attach itself"};
     auto fence = driver_->record(stream);
     if (!fence.ok() && fence.status().code() == Code::invalid) return fence.status();
     if (!fence.ok()) note_failure(fence.status().message());

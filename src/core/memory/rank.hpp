@@ -15,6 +15,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "base/origin.hpp"
 #include "base/status.hpp"
 #include "driver/driver.hpp"
 #include "driver/handles.hpp"
@@ -116,6 +117,7 @@ class Rank {
         return address() + span * options_.span_bytes + page * options_.page_bytes;
     }
 
+    const Origin origin_;
     std::shared_ptr<Driver> driver_;
     std::shared_ptr<PageTable> table_;
     RankOptions options_;

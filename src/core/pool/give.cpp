@@ -125,6 +125,7 @@ std::uint64_t Pool::give_idle(std::uint64_t now, std::uint64_t floor, std::uint6
 }
 
 std::vector<std::uint32_t> Pool::maintain(bool idle) {
+    if (origin_.elsewhere()) return {};
     std::vector<std::uint32_t> evicted;
     const std::scoped_lock lock(mutex_);
     poll_locked();
@@ -142,11 +143,13 @@ std::vector<std::uint32_t> Pool::maintain(bool idle) {
 }
 
 bool Pool::attention() noexcept {
+    if (origin_.elsewhere()) return false;
     return (above_limit_.load(std::memory_order_relaxed) || leases_.pressed()) &&
            monotonic_ns() >= maintain_again_ns_.load(std::memory_order_relaxed);
 }
 
 std::uint32_t Pool::preempt_blocks() {
+    if (origin_.elsewhere()) return 0;
     const std::scoped_lock lock(mutex_);
     if (poll_locked()) publish();
     const std::uint64_t over = over_limit(true);
@@ -160,6 +163,7 @@ std::uint32_t Pool::preempt_blocks() {
 // When maintain(idle) would next have something to release by the clock; capped, so that a thread that waits for it
 // also notices answers and deaths.
 std::uint64_t Pool::next_deadline_us(bool idle) {
+    if (origin_.elsewhere()) return kLookUs;
     const std::scoped_lock lock(mutex_);
     poll_locked();
     const std::uint64_t now = monotonic_ns();

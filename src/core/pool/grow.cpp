@@ -173,6 +173,7 @@ bool Pool::poll_locked() {
 }
 
 void Pool::poll() {
+    if (origin_.elsewhere()) return;
     const std::scoped_lock lock(mutex_);
     if (poll_locked()) publish();
     leases_.settle_limits();
@@ -232,6 +233,7 @@ void Pool::keep_stock() {
 }
 
 bool Pool::ensure_fast(std::uint32_t n) {
+    if (origin_.elsewhere()) return false;
     const std::scoped_lock lock(mutex_);
     poll_locked();
     if (free_blocks_.count() < n || attention() || waits_since_ns_ != 0) return false;
@@ -240,6 +242,7 @@ bool Pool::ensure_fast(std::uint32_t n) {
 }
 
 std::uint32_t Pool::ensure(std::uint32_t n, bool patient) {
+    if (origin_.elsewhere()) return 0;
     std::unique_lock lock(mutex_);
     return ensure_locked(n, patient, lock);
 }
@@ -321,6 +324,7 @@ std::uint32_t Pool::ensure_locked(std::uint32_t n, bool patient, std::unique_loc
 }
 
 Status Pool::wait_ready(std::uint64_t timeout_ms) {
+    if (origin_.elsewhere()) return not_ours();
     const std::uint64_t until = monotonic_ns() + timeout_ms * 1'000'000U;
     while (true) {
         std::uint32_t seen = 0, attached = 0;

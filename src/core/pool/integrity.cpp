@@ -82,6 +82,7 @@ Status Pool::check_extents() const {
 }
 
 Status Pool::check_integrity() {
+    if (origin_.elsewhere()) return not_ours();
     const std::scoped_lock lock(mutex_);
     poll_locked();
     publish();
@@ -98,6 +99,7 @@ Status Pool::check_integrity() {
 }
 
 PoolStats Pool::stats() {
+    if (origin_.elsewhere()) return {};
     const std::scoped_lock lock(mutex_);
     poll_locked();
     PoolStats out;

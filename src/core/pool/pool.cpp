@@ -81,7 +81,12 @@ Pool::Pool(std::shared_ptr<PageTable> table, std::vector<Leases::Share> shares, 
 
 Pool::~Pool() { close(); }
 
+Status Pool::not_ours() const {
+    return {Code::denied, "this pool belongs to the parent process; a forked child must make its own"};
+}
+
 void Pool::close() noexcept {
+    if (origin_.elsewhere()) return;
     table_->header().closed.store(1, std::memory_order_release);
     table_->ring_ranks();
 }
@@ -168,6 +173,7 @@ void Pool::take_locked(std::span<std::uint32_t> out, std::uint32_t *evicted) noe
 }
 
 Result<std::uint32_t> Pool::take(std::span<std::uint32_t> out) {
+    if (origin_.elsewhere()) return not_ours();
     const std::scoped_lock lock(mutex_);
     if (out.size() > available())
         return Status(Code::invalid, std::to_string(out.size()) + " blocks were taken with " +
@@ -178,6 +184,7 @@ Result<std::uint32_t> Pool::take(std::span<std::uint32_t> out) {
 }
 
 bool Pool::alloc(std::span<std::uint32_t> out, std::uint32_t *evicted) {
+    if (origin_.elsewhere()) return false;
     std::unique_lock lock(mutex_);
     if (ensure_locked(static_cast<std::uint32_t>(out.size()), true, lock) < out.size()) return false;
     take_locked(out, evicted);
@@ -185,6 +192,7 @@ bool Pool::alloc(std::span<std::uint32_t> out, std::uint32_t *evicted) {
 }
 
 Status Pool::release(std::span<const std::uint32_t> ids, bool cached) {
+    if (origin_.elsewhere()) return not_ours();
     const std::scoped_lock lock(mutex_);
     for (std::size_t i = 0; i < ids.size(); ++i) {
         const std::uint32_t id = ids[i];
@@ -207,6 +215,7 @@ Status Pool::release(std::span<const std::uint32_t> ids, bool cached) {
 }
 
 Status Pool::touch(std::uint32_t id) {
+    if (origin_.elsewhere()) return not_ours();
     const std::scoped_lock lock(mutex_);
     if (id >= options_.num_blocks || state_[id] != BlockState::cached)
         return {Code::invalid, "block " + std::to_string(id) + " was touched but is not cached"};
@@ -217,6 +226,7 @@ Status Pool::touch(std::uint32_t id) {
 }
 
 Status Pool::uncache(std::span<const std::uint32_t> ids) {
+    if (origin_.elsewhere()) return not_ours();
     const std::scoped_lock lock(mutex_);
     for (const std::uint32_t id : ids) {
         if (id >= options_.num_blocks)

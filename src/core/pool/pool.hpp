@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "base/origin.hpp"
 #include "base/status.hpp"
 #include "memory/page_table.hpp"
 #include "pool/bitmap.hpp"
@@ -45,6 +46,7 @@ struct PoolStats {
     Counters counters;
 };
 
+// In a forked child every call is denied, does nothing, or answers "none".
 class Pool {
   public:
     static Result<std::unique_ptr<Pool>> make(std::shared_ptr<PageTable> table, std::vector<Leases::Share> shares,
@@ -175,6 +177,9 @@ class Pool {
     Status check_blocks() const;
     Status check_extents() const;
 
+    Status not_ours() const;
+
+    const Origin origin_;  // a forked child may use nothing of it: the mutex may be held there for ever
     const std::shared_ptr<PageTable> table_;
     const PoolOptions options_;
     Leases leases_;
