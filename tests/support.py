@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from elastickv.config import VARIABLES
+from elastickv.telemetry import METRICS
 
 TENANT = """
 import json, sys
@@ -55,6 +56,7 @@ def running_tenant(
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGURATION_PAGE = ROOT / "docs/configuration.md"
 GEOMETRY_PAGE = ROOT / "docs/geometry.md"
+METRICS_PAGE = ROOT / "docs/metrics.md"
 TABLE_BEGIN, TABLE_END = "<!-- table -->\n", "<!-- end of table -->\n"
 
 
@@ -80,9 +82,17 @@ def table_of(page: Path) -> str:
     return page.read_text(encoding="utf-8").partition(TABLE_BEGIN)[2].partition(TABLE_END)[0]
 
 
+def metrics_table() -> str:
+    """The metrics as a table of the docs."""
+    return "| metric | kind | labels | what it is |\n|---|---|---|---|\n" + "".join(
+        f"| `{m.exposed}` | {m.kind} | {', '.join(f'`{label}`' for label in m.labels)} | {m.text} |\n" for m in METRICS
+    )
+
+
 def write_tables() -> None:
     """Writes every generated table of the docs."""
     from geometry_table import table
 
     put_table(CONFIGURATION_PAGE, configuration_table())
     put_table(GEOMETRY_PAGE, table())
+    put_table(METRICS_PAGE, metrics_table())

@@ -68,7 +68,7 @@ def test_the_wheels_metadata(wheel: Path) -> None:
     assert "\nRequires-Python: >=3.10\n" in metadata
     needed = re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*(;.*)?$", metadata, re.MULTILINE)
     always = {name for name, condition in needed if "extra" not in condition}
-    assert always == {"msgspec", "nvidia-ml-py", "rich", "tomli", "typer"}
+    assert always == {"msgspec", "nvidia-ml-py", "prometheus-client", "rich", "tomli", "typer"}
     assert "[console_scripts]\nelastickv=elastickv.cli:main" in points.replace(" = ", "=")
     assert "[vllm.general_plugins]\nelastickv=elastickv.engines.vllm:register" in points.replace(" = ", "=")
 

@@ -11,6 +11,7 @@ import typer
 from elastickv.cli.control import app as control
 from elastickv.cli.demo import demo
 from elastickv.cli.doctor import doctor
+from elastickv.cli.exporter import exporter
 from elastickv.cli.limit import limit
 from elastickv.cli.plan import plan
 from elastickv.cli.run import run
@@ -29,7 +30,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command(context_settings={"allow_interspersed_args": False})(run)
-for verb in (status, top, limit, plan, doctor, demo):
+for verb in (status, top, limit, plan, doctor, exporter, demo):
     app.command()(verb)
 app.add_typer(control, name="control")
 

@@ -19,7 +19,7 @@ def install() -> None:
         return
     settings = Settings.load()
     from elastickv import _core  # noqa: F401 - a native part that cannot be loaded must show here
-    from elastickv.engines.vllm import gate, seams
+    from elastickv.engines.vllm import gate, metrics, seams
 
     version = _version()
     gate.check_version(version)
@@ -27,6 +27,7 @@ def install() -> None:
     logging.getLogger("vllm.elastickv").setLevel(settings.log.upper())
     _hook_engine(settings, version)
     _hook_worker()
+    metrics.hook(settings)
     _installed.append(version)
 
 
