@@ -98,6 +98,19 @@ TEST("pool: grows before it evicts, evicts the oldest before it says none") {
     CHECK_OK(world.pool->check_integrity());
 }
 
+TEST("pool: what neither the room nor the own cache covers alone comes from both") {
+    Shape shape;
+    shape.budget_pages = 10;
+    shape.block_bytes = shape.page_bytes;
+    World world(shape);
+    const auto first = world.alloc(4);
+    CHECK_OK(world.pool->release(first, true));
+    CHECK_EQ(world.alloc(8).size(), 8U);  // five new ones and three cached ones
+    CHECK(world.alloc(2).empty());
+    CHECK_EQ(world.alloc(1), (std::vector<std::uint32_t>{4}));
+    CHECK_OK(world.pool->check_integrity());
+}
+
 TEST("pool: nothing is unmapped before its fence") {
     Shape shape;
     shape.block_bytes = shape.page_bytes;

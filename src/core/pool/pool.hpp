@@ -144,6 +144,7 @@ class Pool {
     void order_map(const Run &run);
     bool grow(std::uint32_t shortfall, bool ring, Status *why);
     bool grow_partly(std::uint32_t shortfall);
+    bool covered_by_both(std::uint64_t blocks);
     void keep_stock();
     void note_wait(std::uint64_t start, std::uint64_t waited_ns, bool starved, bool patient) noexcept;
     std::uint32_t ensure_locked(std::uint32_t n, bool patient, std::unique_lock<std::mutex> &lock);

@@ -22,7 +22,7 @@ __all__ = ["Neighbours", "outside_bytes"]
 
 _logger = logging.getLogger("elastickv")
 
-EVERY_S: Final = 0.5
+EVERY_S = 0.5
 _FIRST_PAUSE_S: Final = 0.02
 _UNIT: Final = 2 * 1024 * 1024
 
@@ -44,12 +44,10 @@ def outside_bytes(view: DeviceView, used: int) -> int:
 class Neighbours:
     """Measures the devices of `ledgers` that are GPUs, on a thread of its own, until stop()."""
 
-    def __init__(
-        self, ledgers: Mapping[str, _core.Ledger], *, every_s: float = EVERY_S, read: Read = gpu.device_memory
-    ) -> None:
+    def __init__(self, ledgers: Mapping[str, _core.Ledger], read: Read | None = None) -> None:
+        """`read` replaces gpu.device_memory()."""
         self._ledgers = {device: ledger for device, ledger in ledgers.items() if device != "host"}
-        self._every_s = every_s
-        self._read = read
+        self._read = read or gpu.device_memory
         self._last: dict[str, int] = {}
         self._silent: set[str] = set()
         self._stopping = threading.Event()
@@ -92,7 +90,7 @@ class Neighbours:
             ledger.set_unmanaged(view.unmanaged)  # rings again those who can still give
 
     def _run(self) -> None:
-        while not self._stopping.wait(self._every_s):
+        while not self._stopping.wait(EVERY_S):
             self.measure()
 
     def stop(self) -> None:

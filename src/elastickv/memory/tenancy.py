@@ -16,6 +16,7 @@ from elastickv.config import Settings
 from elastickv.errors import LimitExceeded, Unavailable
 from elastickv.ledger import DeviceView, TenantView, read_device
 from elastickv.memory.capacity import open_device_ledger
+from elastickv.memory.neighbours import Neighbours
 from elastickv.units import format_size
 
 __all__ = ["Tenancy", "attach_member"]
@@ -43,6 +44,7 @@ class Tenancy:
         self.settings = settings
         self.tenants = dict(tenants)
         self._ledgers = dict(ledgers)
+        self._neighbours = Neighbours(ledgers)
         self._stopping = threading.Event()
         self._porter: threading.Thread | None = None
 
@@ -66,7 +68,9 @@ class Tenancy:
             for tenant in tenants.values():
                 tenant.close()
             raise
-        return cls(settings, ledgers, tenants)
+        tenancy = cls(settings, ledgers, tenants)
+        tenancy._neighbours.start()
+        return tenancy
 
     def view(self, device: str) -> DeviceView:
         """The device's ledger as it stands."""
@@ -207,6 +211,7 @@ class Tenancy:
     def close(self) -> None:
         """Gives the static bytes back and leaves. Whoever uses them must have gone."""
         self.stop_watching()
+        self._neighbours.stop()
         for tenant in self.tenants.values():
             tenant.give_static(tenant.static_bytes)
             tenant.close()
