@@ -65,7 +65,7 @@ def test_a_killed_tenant_holds_nothing_and_its_limit_is_kept(cli: Cli, directory
         assert outcome.out.startswith("host: 0 bytes held of 64 MiB\n")
         assert "16 MiB  not running, limit kept" in outcome.out
         assert cli("limit", "chat", "8MiB", "--dir", directory) == Outcome(
-            0, "chat is not running; limit 8 MiB is kept for its next start\n", ""
+            14, "chat is not running; limit 8 MiB is kept for its next start\n", ""
         )
     with tenant("chat"):
         assert read(directory, "chat").limit_held == 8 << 20
@@ -82,7 +82,8 @@ def test_limit_waits_for_the_tenant(cli: Cli, directory: Path, tenant: Any) -> N
             time.sleep(0.05)
         assert read(directory, "chat").held <= 2 << 20
         told = json.loads(cli("limit", "chat", "none", "--dir", directory, "--json").out)
-    assert (told["limit"], told["running"], told["acknowledged"], told["limit_held"]) == (None, True, True, None)
+    assert (told["wanted"]["bytes"], told["state"], told["acknowledged"]) == (None, "acknowledged", True)
+    assert told["applied"] == told["wanted"]
 
 
 def test_limit_above_what_runs_says_so(cli: Cli, directory: Path, tenant: Any) -> None:
@@ -158,7 +159,7 @@ def test_top_as_lines(cli: Cli, directory: Path, tenant: Any) -> None:
     assert (outcome.code, len(lines)) == (0, 4)
     assert " device=host held=" in lines[0]
     assert " chat weights=0 used=1MiB cached=0 free=" in lines[1]
-    assert lines[1].endswith(" limit=none state='running'")
+    assert lines[1].endswith(" asked=none limit=none state='running'")
 
 
 def test_top_refuses_nonsense(cli: Cli) -> None:

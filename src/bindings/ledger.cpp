@@ -118,7 +118,7 @@ std::shared_ptr<Ledger> open_ledger(std::string directory, std::string device, s
 
 std::shared_ptr<Tenant> join(Ledger &ledger, std::string name, std::uint64_t floor, std::optional<std::uint64_t> limit,
                              std::optional<bool> set_limit, std::uint32_t weight, std::int32_t priority,
-                             std::string engine, std::string layout, std::uint64_t page_bytes) {
+                             std::string engine, std::string layout, std::uint64_t page_bytes, bool lasting) {
     TenantOptions options;
     options.name = std::move(name);
     options.floor = floor;
@@ -129,6 +129,7 @@ std::shared_ptr<Tenant> join(Ledger &ledger, std::string name, std::uint64_t flo
     options.engine = std::move(engine);
     options.layout = std::move(layout);
     options.page_bytes = page_bytes;
+    options.lasting = lasting;
     return std::shared_ptr<Tenant>(unwrap(without_gil([&] { return ledger.join(options); })));
 }
 
@@ -298,7 +299,9 @@ void bind_ledger(nb::module_ &module) {
         .def("join", &join, nb::arg("name"), nb::arg("floor") = 0, nb::arg("limit").none() = nb::none(),
              nb::arg("set_limit").none() = nb::none(), nb::arg("weight") = 1, nb::arg("priority") = 0,
              nb::arg("engine") = "", nb::arg("layout") = "", nb::arg("page_bytes") = 0,
-             "Registers a tenant. The kept limit stays unless a limit is given, or set_limit is true (None: no limit).")
+             nb::arg("lasting") = true,
+             "Registers a tenant. The kept limit stays unless a limit is given, or set_limit is true (None: no limit). "
+             "Not lasting: the name was made up, and goes with the tenant.")
         .def(
             "attach",
             [](Ledger &self, int slot, std::uint64_t incarnation) {

@@ -11,11 +11,17 @@ from typing import TYPE_CHECKING, Final
 from elastickv.errors import ElasticKVError
 
 if TYPE_CHECKING:
+    from elastickv.fit import would_fit
+    from elastickv.limits import set_limit
     from elastickv.memory import open_device
 
-__all__ = ["ElasticKVError", "__version__", "open_device"]
+__all__ = ["ElasticKVError", "__version__", "open_device", "set_limit", "would_fit"]
 
-_LAZY: Final = {"open_device": "elastickv.memory"}
+_LAZY: Final = {
+    "open_device": "elastickv.memory",
+    "set_limit": "elastickv.limits",
+    "would_fit": "elastickv.fit",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -204,7 +204,10 @@ VARIABLES: Final[tuple[Variable, ...]] = (
         "Seconds that an engine's start, or its waking up, waits for neighbours to make room.",
     ),
     Variable(
-        "name", _name, "engine-PID", "The tenant's name on the ledger. A limit set later is kept under this name."
+        "name",
+        _name,
+        "engine-PID",
+        "The tenant's name on the ledger. Limits are kept under a name that was given.",
     ),
     Variable("floor", parse_size, "0", "Bytes guaranteed to this tenant and never lent to another."),
     Variable(

@@ -13,7 +13,7 @@ from typing import Literal
 from elastickv import _core
 from elastickv.config import Settings
 from elastickv.errors import DeadlineExceeded, InvalidArgument, NotFound
-from elastickv.ledger import DeviceView, Limit, read_device
+from elastickv.ledger import DeviceView, Limit, TenantView, read_device
 from elastickv.ledgers import open_chosen_ledger
 from elastickv.units import format_seconds, format_size, parse_size_or_none
 
@@ -33,6 +33,7 @@ class LimitOrder:
     applied: Limit
     """What the tenant has acknowledged. Revision 0: nothing yet."""
     now: bool
+    """Whether running requests are to be preempted for it."""
     state: State
     """`acknowledged`; `pending`: the tenant runs and has not acknowledged, no new lease goes above the limit even so;
     `kept`: it does not run, and its next start is under this limit."""
@@ -40,7 +41,7 @@ class LimitOrder:
     above: int
     """Bytes held above the limit that was ordered."""
     used: int
-    """Of what is held, pages that requests use: only `now` takes those away."""
+    """Of what is held, pages that requests use: only `now` takes those from an engine."""
     capacity: int
 
 
@@ -70,7 +71,7 @@ def place_order(ledger: _core.Ledger, name: str, limit: int | None, now: bool = 
     """Writes the order and returns its revision; does not wait. Errors as those of set_limit()."""
     if limit is not None and limit < 0:
         raise InvalidArgument(f"a limit of {limit} bytes; give 0 or more, or none", limit=limit)
-    return ledger.order_limit(name, limit)
+    return ledger.order_limit(name, limit, now)
 
 
 def wait_for_order(ledger: _core.Ledger, name: str, revision: int, timeout: float) -> LimitOrder:
@@ -88,27 +89,37 @@ def wait_for_order(ledger: _core.Ledger, name: str, revision: int, timeout: floa
     return limit_order(read_device(ledger), name, revision)
 
 
-def limit_order(view: DeviceView, name: str, revision: int, now: bool = False) -> LimitOrder:
-    """How the order of that revision stands in a view. NotFound where the name has gone."""
-    tenant = view.tenant(name)
-    if not tenant.alive:
-        state: State = "kept"
-    else:
+def limit_order(view: DeviceView, name: str, revision: int) -> LimitOrder:
+    """How the order of that revision stands in a view. NotFound where the name has gone since."""
+    tenant = _ordered(view, name)
+    state: State = "kept"
+    if tenant.alive:
         state = "acknowledged" if tenant.limit_held_rev >= revision else "pending"
     most = tenant.limit_wanted
-    above = 0 if most is None else max(0, tenant.held - most)
-    used = tenant.usage.used if tenant.alive else 0
     return LimitOrder(
-        view.device, name, tenant.wanted, tenant.applied, now, state, tenant.held, above, used, view.capacity
+        device=view.device,
+        tenant=name,
+        wanted=tenant.wanted,
+        applied=tenant.applied,
+        now=tenant.limit_now,
+        state=state,
+        held=tenant.held,
+        above=0 if most is None else max(0, tenant.held - most),
+        used=tenant.usage.used,
+        capacity=view.capacity,
     )
 
 
 def late(order: LimitOrder, seconds: float) -> DeadlineExceeded:
     """The error for an order that is still pending after so many seconds."""
-    rest = f", {format_size(order.above)} above the limit" if order.above else ""
+    held = format_size(order.held)
+    if order.now:
+        held += f" ({format_size(order.used)} of it in use)"
+    if order.above:
+        held += f", {format_size(order.above)} above the limit"
     return DeadlineExceeded(
         f"limit: {order.tenant} did not acknowledge within {format_seconds(seconds)}: it has acknowledged "
-        f"{format_size(order.applied.bytes)} and holds {format_size(order.held)}{rest}; the order stands (revision "
+        f"{format_size(order.applied.bytes)} and holds {held}; the order stands (revision "
         f"{order.wanted.revision}) and it gets nothing above the limit, see `elastickv status`",
         tenant=order.tenant,
         device=order.device,
@@ -117,5 +128,17 @@ def late(order: LimitOrder, seconds: float) -> DeadlineExceeded:
         applied=order.applied.bytes,
         held=order.held,
         above=order.above,
+        used=order.used,
         seconds=seconds,
     )
+
+
+def _ordered(view: DeviceView, name: str) -> TenantView:
+    try:
+        return view.tenant(name)
+    except NotFound:
+        raise NotFound(
+            f"limit: {name} ended before it acknowledged, and its name, which was made up for it, went with it: "
+            "nothing is kept; start engines with --name",
+            tenant=name,
+        ) from None

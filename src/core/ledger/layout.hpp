@@ -86,10 +86,16 @@ struct Header {
     alignas(64) pthread_mutex_t mutex;
 };
 
+enum class Naming : std::uint64_t {
+    none = 0,
+    lasting = 1,    // the name and its limit stay when the tenant has gone
+    this_life = 2,  // they go with it
+};
+
 struct alignas(64) Row {
     // 0: no tenant holds the row. Written last by a join, first by a reaper.
     Word incarnation;
-    Word named;  // 1: name and limit_wanted mean something, be the tenant alive or not
+    Word named;  // a Naming: whether name and limit_wanted mean something, and for how long
     Text<8> name;
     Text<8> engine;
     Text<16> layout;

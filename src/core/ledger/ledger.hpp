@@ -64,6 +64,7 @@ struct Histogram {
 
 struct TenantOptions {
     std::string name;                // [A-Za-z0-9._-]{1,63}
+    bool lasting = true;             // false: the name was made up for this life, and is forgotten at its end
     std::uint64_t floor = 0;         // bytes of leased + static that stay promised to this tenant
     std::uint64_t limit = kNoLimit;  // bytes of leased + static at most; used only if `set_limit`
     bool set_limit = false;          // false: keep the limit the name has on the ledger from before

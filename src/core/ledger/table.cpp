@@ -101,12 +101,23 @@ void Table::bury(int slot) {
     header().demanders.fetch_and(~(std::uint64_t{1} << slot), std::memory_order_relaxed);
     header().revision.fetch_add(1, std::memory_order_relaxed);
     (void)fault::point("ledger.bury.cleared");
+    forget_made_up(one);
+}
+
+// The name of a tenant that is gone and that nobody will take up again. Under the lock.
+void Table::forget_made_up(Row &row) noexcept {
+    if (get(row.named) == static_cast<std::uint64_t>(Naming::this_life)) {
+        row.named.store(static_cast<std::uint64_t>(Naming::none), std::memory_order_relaxed);
+    }
 }
 
 int Table::reap() {
     int buried = 0;
     for (int slot = 0; slot < kMaxTenants; ++slot) {
-        if (!lives(slot)) continue;
+        if (!lives(slot)) {
+            forget_made_up(row(slot));  // who buried it, or was to become it, may have died at that
+            continue;
+        }
         if (!slot_alive(alive_.get(), slot)) {
             bury(slot);
             ++buried;

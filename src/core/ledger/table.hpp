@@ -58,6 +58,7 @@ class Table {
     bool over_capacity() noexcept;
     // Locked. Empties a row for good or for the restart of its name.
     void bury(int slot);
+    static void forget_made_up(Row &row) noexcept;
     // Locked. What the policy decides upon; clears expired marks of waiting on the way.
     policy::Snapshot snapshot(std::uint64_t capacity);
     // Locked. Slot with that name, alive or kept; -1: none.

@@ -179,8 +179,9 @@ std::uint64_t TableLedger::write_row(const TenantOptions &options, int slot) {
         put(row.named, 0);
         row.limit_wanted.store({kNoLimit, 0, false});
         row.name.store(options.name);
-        row.named.store(1, std::memory_order_release);
     }
+    row.named.store(static_cast<std::uint64_t>(options.lasting ? Naming::lasting : Naming::this_life),
+                    std::memory_order_release);
     (void)fault::point("ledger.join.named");
     row.engine.store(options.engine);
     row.layout.store(options.layout);

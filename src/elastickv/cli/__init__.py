@@ -12,11 +12,13 @@ from elastickv.cli.control import app as control
 from elastickv.cli.demo import demo
 from elastickv.cli.doctor import doctor
 from elastickv.cli.exporter import exporter
+from elastickv.cli.forget import forget
 from elastickv.cli.limit import limit
 from elastickv.cli.plan import plan
 from elastickv.cli.run import run
 from elastickv.cli.status import status
 from elastickv.cli.top import top
+from elastickv.cli.trim import trim
 from elastickv.errors import ElasticKVError
 
 __all__ = ["app", "main", "options"]
@@ -30,7 +32,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command(context_settings={"allow_interspersed_args": False})(run)
-for verb in (status, top, limit, plan, doctor, exporter, demo):
+for verb in (status, top, limit, trim, forget, plan, doctor, exporter, demo):
     app.command()(verb)
 app.add_typer(control, name="control")
 

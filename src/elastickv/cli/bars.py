@@ -91,12 +91,14 @@ def number_line(parts: Parts) -> str:
 def state_of(tenant: TenantView) -> str:
     """One word, and what is pending: "running", "running, wants 64 MiB", "not running, limit kept"."""
     if not tenant.alive:
-        return "not running, limit kept"
+        return "not running, limit kept" if tenant.limit_wanted_rev else "not running"
     words = ["running"]
     if tenant.demand:
         words.append(f"wants {short(tenant.demand)}")
     if tenant.limit_wanted_rev != tenant.limit_held_rev:
         words.append(f"limit {short(tenant.limit_wanted)} not yet applied")
+    elif tenant.limit_held is not None and tenant.held > tenant.limit_held:
+        words.append(f"{short(tenant.held - tenant.limit_held)} above its limit")
     return ", ".join(words)
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
-from elastickv import _core
 from elastickv.cli import options as opt
-from elastickv.cli.ledgers import open_chosen_ledger
 from elastickv.config import Settings
-from elastickv.errors import DeadlineExceeded, ElasticKVError, NotFound
-from elastickv.ledger import TenantView, read_device
-from elastickv.units import format_seconds, format_size, parse_seconds, parse_size_or_none
+from elastickv.errors import DeadlineExceeded
+from elastickv.ledger import read_device
+from elastickv.ledgers import open_chosen_ledger
+from elastickv.limits import LimitOrder, limit_order, place_order, wait_for_order
+from elastickv.units import format_size, parse_seconds, parse_size_or_none
 
-__all__ = ["limit"]
+__all__ = ["KEPT", "limit"]
+
+KEPT: Final = 14
+"""Exit code: nobody runs under the name, so the limit is kept for its next start. No error has this one."""
 
 
 def limit(
@@ -23,6 +27,7 @@ def limit(
     size: Annotated[
         str, typer.Argument(help="Bytes or a size such as 8GiB; none takes the limit away.", show_default=False)
     ],
+    now: Annotated[bool, typer.Option("--now", help="Preempt running requests, and wait until that is done.")] = False,
     timeout: Annotated[str, typer.Option(metavar="SECONDS", help="How long to wait for the tenant.")] = "5",
     device: opt.Device = None,
     directory: opt.Directory = None,
@@ -30,66 +35,38 @@ def limit(
 ) -> None:
     """Set the most bytes that a tenant may hold, and wait until the tenant has acknowledged it.
 
-    Fails if it does not within the timeout. For a name that is not running, the limit is kept for its next start.
+    Leaves with 0 only if it has; with 7 if it has not within the timeout, though the limit is in force for whatever it
+    asks for next; with 14 if the name is not running and the limit is kept for its next start.
     """
     wanted = parse_size_or_none(size, "SIZE")
     seconds = parse_seconds(timeout, "--timeout")
-    settings = Settings.load(options={"device": device, "directory": directory})
-    ledger = open_chosen_ledger(settings)
-    revision = ledger.order_limit(name, wanted)
-    tenant = _tenant(ledger, name)
-    failure = _wait(ledger, name, revision, seconds) if tenant.alive else None
-    tenant = _tenant(ledger, name)
-    if as_json:
-        print(
-            json.dumps(
-                {
-                    "name": name,
-                    "limit": wanted,
-                    "revision": revision,
-                    "running": tenant.alive,
-                    "acknowledged": tenant.alive and failure is None,
-                    "limit_held": tenant.limit_held if tenant.alive else None,
-                    "held": tenant.held,
-                }
-            )
-        )
-    if failure is not None:
-        raise failure
-    if not as_json:
-        print(_outcome(tenant, wanted))
-
-
-def _tenant(ledger: _core.Ledger, name: str) -> TenantView:
-    return read_device(ledger).tenant(name)
-
-
-def _wait(ledger: _core.Ledger, name: str, revision: int, seconds: float) -> ElasticKVError | None:
+    ledger = open_chosen_ledger(Settings.load(options={"device": device, "directory": directory}))
+    revision = place_order(ledger, name, wanted, now)
     try:
-        ledger.wait_limit(name, revision, round(seconds * 1000))
+        order = wait_for_order(ledger, name, revision, seconds)
     except DeadlineExceeded:
-        now = _tenant(ledger, name)
-        return DeadlineExceeded(
-            f"limit: {name} did not acknowledge within {format_seconds(seconds)}: it has "
-            f"acknowledged {format_size(now.limit_held)} and holds {format_size(now.held)}; the order stands "
-            f"(revision {revision}) and it gets nothing above the limit, see `elastickv status`",
-            name=name,
-            revision=revision,
-            seconds=seconds,
-        )
-    except NotFound:
-        return NotFound(
-            f"limit: {name} stopped before it acknowledged; the limit is kept for its next start",
-            name=name,
-            revision=revision,
-        )
-    return None
+        if as_json:
+            _print_json(limit_order(read_device(ledger), name, revision))
+        raise
+    if as_json:
+        _print_json(order)
+    else:
+        print(_outcome(order))
+    if order.state == "kept":
+        raise typer.Exit(KEPT)
 
 
-def _outcome(tenant: TenantView, wanted: int | None) -> str:
-    if not tenant.alive:
-        return f"{tenant.name} is not running; limit {format_size(wanted)} is kept for its next start"
-    text = f"{tenant.name} goes by limit {format_size(wanted)} and holds {format_size(tenant.held)}"
-    if wanted is not None and tenant.held > wanted:
-        text += "; it shrinks to the limit as its running requests end"
+def _print_json(order: LimitOrder) -> None:
+    print(json.dumps({**dataclasses.asdict(order), "acknowledged": order.state == "acknowledged"}))
+
+
+def _outcome(order: LimitOrder) -> str:
+    size = format_size(order.wanted.bytes)
+    if order.state == "kept":
+        return f"{order.tenant} is not running; limit {size} is kept for its next start"
+    text = f"{order.tenant} goes by limit {size} and holds {format_size(order.held)}"
+    if order.above:
+        text += f", {format_size(order.above)} above it; it shrinks to the limit as its running requests end"
+    elif order.wanted.bytes is not None and order.wanted.bytes > order.capacity:
+        text += f"; the device has {format_size(order.capacity)}, so the limit stops nothing"
     return text

@@ -142,6 +142,7 @@ def plain_lines(sample: Sample) -> list[str]:
             "free": parts.mapped_free,
             "transit": parts.transit,
             "lease": tenant.held,
+            "asked": tenant.limit_wanted,
             "limit": limit_of(tenant),
         }
         text = " ".join(f"{key}={_tight(value)}" for key, value in numbers.items())

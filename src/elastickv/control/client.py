@@ -67,6 +67,12 @@ class Client:
         """As elastickv.fit.would_fit() on the device as it is now."""
         return msgspec.convert(self.call("fit", static=static, floor=floor, weight=weight, device=device), Fit)
 
+    def trim(self, tenant: str, size: int | str, *, wait: float = 5.0, device: str | None = None) -> int | None:
+        """Has a tenant give back bytes that no request uses; returns how many it gives. None with `wait` 0."""
+        answer = self._ask("trim", {"tenant": tenant, "bytes": size, "wait": wait, "device": device}, wait)
+        given: int | None = answer["given"]
+        return given
+
     def forget(self, tenant: str, device: str | None = None) -> None:
         """Drops a name that does not run, and the limit kept for it."""
         self.call("forget", tenant=tenant, device=device)

@@ -24,6 +24,7 @@ from elastickv.control.protocol import (
     List,
     Request,
     SetLimit,
+    Trim,
     Watch,
     bytes_of,
     size_of,
@@ -64,6 +65,8 @@ class Service:
                 return await self._set(request)
             case FitRequest():
                 return await self._fit(request)
+            case Trim():
+                return await self._trim(request)
             case Forget():
                 return await self._forget(request)
         raise InvalidArgument(f"no such operation: {type(request).__name__}")
@@ -161,7 +164,7 @@ class Service:
         revision = await desk.order(lambda ledger: place_order(ledger, request.tenant, limit, request.now))
         until = time.monotonic() + request.wait
         while True:
-            order = limit_order(await desk.view(), request.tenant, revision, request.now)
+            order = limit_order(await desk.view(), request.tenant, revision)
             if order.state != "pending" or request.wait == 0:
                 return order
             if time.monotonic() >= until:
@@ -179,6 +182,22 @@ class Service:
             request.weight,
         )
         return {"device": names[0], "fits": fit.fits, **dataclasses.asdict(fit)}
+
+    async def _trim(self, request: Trim) -> dict[str, Any]:
+        size = bytes_of(request.bytes, "bytes")
+        name = request.tenant
+        desk = self._desk((await self._find(name, request.device)).device)
+        revision = await desk.order(lambda ledger: ledger.order_trim(name, size))
+        answer: dict[str, Any] = {"device": desk.device, "tenant": name, "asked": size, "given": None}
+        until = time.monotonic() + request.wait
+        while request.wait > 0:
+            row = next((one for one in (await desk.view()).tenants if one.name == name), None)
+            if row is None or not row.alive or row.trim_wanted == 0 or time.monotonic() >= until:
+                # Answered, or never to be, or late: the ledger says which.
+                answer["given"] = await desk.order(lambda ledger: ledger.wait_trim(name, revision, 0))
+                break
+            await asyncio.sleep(LOOK_S)
+        return answer
 
     async def _forget(self, request: Forget) -> dict[str, Any]:
         desk = self._desk((await self._find(request.tenant, request.device)).device)

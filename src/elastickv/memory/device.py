@@ -23,6 +23,7 @@ __all__ = ["BlockCache", "Device", "Membership", "open_device"]
 READY_S = 10.0
 
 Evicted = Callable[[Sequence[int]], None]
+Preempt = Callable[[int], object]
 
 
 def open_device(device: str = "host", *, capacity: str | int | None = None, directory: str | None = None) -> Device:
@@ -98,15 +99,18 @@ class Membership:
         block_bytes: int,
         spans: int = 1,
         on_evict: Evicted | None = None,
+        on_preempt: Preempt | None = None,
         stream: int = 0,
     ) -> BlockCache:
         """Reserves `num_blocks` blocks of `block_bytes` bytes in each of `spans` stripes; maps block 0 alone.
 
-        `on_evict` is told, on any thread, which cached blocks have lost their contents. `stream`: on a GPU, the
+        `on_evict` is told, on any thread, which cached blocks have lost their contents. `on_preempt` is told, on the
+        cache's own thread, how many blocks in use have to be freed for a limit that was ordered to hold now, and
+        again until they are; without it such an order waits for the blocks' users. `stream`: on a GPU, the
         CUstream (as an integer, 0: the default one) behind which freed blocks are done with; memory is unmapped once
         it has passed the work that was in it when the blocks were given up.
         """
-        cache = BlockCache(self.settings, num_blocks, block_bytes, spans, on_evict, stream)
+        cache = BlockCache(self.settings, num_blocks, block_bytes, spans, on_evict, stream, on_preempt)
         self._caches.append(cache)
         return cache
 
@@ -128,9 +132,11 @@ class BlockCache:
         spans: int,
         on_evict: Evicted | None,
         stream: int = 0,
+        on_preempt: Preempt | None = None,
     ) -> None:
         shape = RankGeometry(settings.device, spans, block_bytes)
         self._on_evict = on_evict
+        self._on_preempt = on_preempt
         self._stream = stream
         self._close_lock = threading.Lock()
         self._closed = False
@@ -188,6 +194,8 @@ class BlockCache:
         if evicted and self._on_evict is not None:
             self._on_evict(evicted)
         self._deliver()
+        if self._on_preempt is not None and (blocks := self._cache.pool.preempt_blocks()):
+            self._on_preempt(blocks)
 
     def _deliver(self) -> None:
         # Nothing else runs on this memory: whatever its users did with freed blocks was done before they freed them.

@@ -63,6 +63,7 @@ class Tenancy:
                     weight=settings.weight,
                     priority=settings.priority,
                     engine=engine,
+                    lasting=settings.name is not None,
                 )
         except BaseException:  # whatever it was, the names must be free again; it goes on to the caller
             for tenant in tenants.values():
