@@ -298,8 +298,7 @@ void bind_ledger(nb::module_ &module) {
                     nb::arg("deadline_ms") = 2000, "Opens or creates; capacity 0 takes what is there.")
         .def("join", &join, nb::arg("name"), nb::arg("floor") = 0, nb::arg("limit").none() = nb::none(),
              nb::arg("set_limit").none() = nb::none(), nb::arg("weight") = 1, nb::arg("priority") = 0,
-             nb::arg("engine") = "", nb::arg("layout") = "", nb::arg("page_bytes") = 0,
-             nb::arg("lasting") = true,
+             nb::arg("engine") = "", nb::arg("layout") = "", nb::arg("page_bytes") = 0, nb::arg("lasting") = true,
              "Registers a tenant. The kept limit stays unless a limit is given, or set_limit is true (None: no limit). "
              "Not lasting: the name was made up, and goes with the tenant.")
         .def(
