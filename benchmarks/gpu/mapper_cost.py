@@ -1,68 +1,88 @@
 """What the mapper takes for an extent, over what the driver calls it makes take by themselves.
 
-    python benchmarks/gpu/mapper_cost.py
+    python benchmarks/gpu/mapper_cost.py [--small]
 
 For extents of each size, in turns: a process that makes the raw calls one after another, and a cache that maps and
 unmaps as many extents. The ratio is of medians over the rounds. Ours is the wall time from the caller's request until
-all of it is there, over the number of extents; the mapper thread's own time stands beside it. Needs a C++ compiler.
+all of it is there, over the number of extents; the mapper thread's own time stands beside it. The raw calls are CUDA's
+and need a C++ compiler; on the host our side runs alone.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
-import subprocess
+import argparse
+import statistics
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
-from common import GIB, MIB, Bare, options, scratch, spread, write
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-SIZES = (2 * MIB, 16 * MIB, 64 * MIB, 128 * MIB)
-BLOCK = 2 * MIB
+from benchmarks.common import options
+from benchmarks.common.cache import Bare, Raw, scratch, spread
+from benchmarks.common.result import Result, Row, Target
+from elastickv.units import format_size, parse_size
+
+FULL = {"repeats": 7, "sizes": "2MiB,16MiB,64MiB,128MiB", "block_size": "2MiB", "most_size": "8GiB"}
+SMALL = {"repeats": 2, "sizes": "64KiB,1MiB", "block_size": "64KiB", "most_size": "8MiB"}
+ABOUT = {
+    **options.ABOUT,
+    "sizes": "of an extent, by commas",
+    "block_size": "of a block",
+    "most_size": "to map in a round; 128 extents at most",
+}
+WARM_UP = 2
+CHEAP = Target("ratio", "most", 1.10)
 
 
 def main() -> int:
-    chosen = options(__doc__)
-    figures: dict[str, Any] = {}
-    targets: dict[str, tuple[float, float]] = {}
+    chosen = options.parse(__doc__, FULL, SMALL, ABOUT)
+    result = Result("gpu/mapper_cost", "", chosen.small, chosen.device, options.settings(chosen))
+    result.sides = {"with": "elastickv", "without": "raw calls"}
+    if chosen.device == "host":
+        result.note("no raw calls on the host: they are CUDA's")
     with scratch() as place:
-        program = build(Path(place))
-        for size in SIZES:
-            count = min(128, 8 * GIB // size)
-            raw: list[dict[str, float]] = []
-            ours: list[dict[str, float]] = []
-            with_cache = Extents(place, size, count)
-            with Raw(program, size, count) as calls:
-                for _ in range(chosen.repeats + 2):
-                    raw.append(calls.measure())
-                    ours.append(with_cache.measure())
-            with_cache.bare.close()
-            label = f"{size // MIB} MiB"
-            figures[label] = {
-                "extents": count,
-                "raw us": {key: spread([one[key] for one in raw[2:]]) for key in raw[0]},
-                "elastickv us": {key: spread([one[key] for one in ours[2:]]) for key in ours[0]},
-            }
-            for key in ("map", "unmap"):
-                mine = figures[label]["elastickv us"][f"{key} wall"]["median"]
-                ratio = mine / figures[label]["raw us"][key]["median"]
-                figures[label][f"{key} ratio"] = ratio
-                targets[f"{key} an extent of {label}, elastickv / raw calls"] = (ratio, 1.10)
-            print(label, json.dumps(figures[label]), flush=True)
-    return write("mapper_cost", figures, targets, chosen.output)
+        for text in chosen.sizes.split(","):
+            size = parse_size(text, "--sizes")
+            one_size(result, place, chosen.device, size, min(128, chosen.most_size // size), chosen)
+    result.write(chosen.output)
+    return 0
+
+
+def one_size(result: Result, place: str, device: str, size: int, count: int, chosen: argparse.Namespace) -> None:
+    label = format_size(size)
+    raw: list[dict[str, float]] = []
+    ours: list[dict[str, float]] = []
+    with ExitStack() as stack:
+        calls = None if device == "host" else stack.enter_context(Raw(place, size, count))
+        extents = Extents(place, device, size, count, chosen.block_size)
+        stack.callback(extents.bare.close)
+        for _ in range(chosen.repeats + WARM_UP):
+            if calls is not None:
+                raw.append(calls.measure())
+            ours.append(extents.measure())
+    for side, rounds in (("elastickv", ours[WARM_UP:]), ("raw calls", raw[WARM_UP:])):
+        if rounds:
+            figures = {key: spread([one[key] for one in rounds]) for key in rounds[0]}
+            result.samples[f"{label}, {side}, us"] = figures
+    for key in ("map", "unmap"):
+        mine = statistics.median(one[f"{key} wall"] for one in ours[WARM_UP:])
+        its = statistics.median(one[key] for one in raw[WARM_UP:]) if raw else None
+        result.rows.append(Row(f"{key} an extent of {label}", "us", mine, its, CHEAP if raw else None))
 
 
 class Extents:
     """A cache that holds enough for extents of `size`, and maps and unmaps `count` of them."""
 
-    def __init__(self, place: str, size: int, count: int) -> None:
-        self.blocks = count * size // BLOCK
-        base = 16 * size // BLOCK
-        total = self.blocks + base + 2 * size // BLOCK
-        self.bare = Bare(place, f"extents-{size}", blocks=total + 1, block=BLOCK, capacity=64 * GIB, max_extent=size)
-        self.count = count
+    def __init__(self, place: str, device: str, size: int, count: int, block: int) -> None:
+        self.blocks = count * size // block
+        base = 16 * size // block
+        total = self.blocks + base + 2 * size // block
+        shape = {"blocks": total + 1, "block": block, "capacity": 2 * total * block + 64 * size}
+        name = f"extents-{size}"
+        # A ledger has one capacity as long as a tenant runs on it: each size has its own.
+        self.bare = Bare(str(Path(place, name)), device, name, **shape, max_extent=size)
         self.base = self.bare.pool.alloc(base)
 
     def measure(self) -> dict[str, float]:
@@ -76,45 +96,12 @@ class Extents:
         end = self.bare.done()
         maps, unmaps = after["maps"] - before["maps"], end["unmaps"] - after["unmaps"]
         return {
-            "extents": maps,
+            "extents": float(maps),
             "map": (after["map_ns"] - before["map_ns"]) / maps / 1000,
             "map wall": seconds / maps * 1e6,
             "unmap": (end["unmap_ns"] - after["unmap_ns"]) / unmaps / 1000,
             "unmap wall": back / unmaps * 1e6,
         }
-
-
-def build(place: Path) -> Path:
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        sys.exit("no C++ compiler on the PATH")
-    program = place / "raw_calls"
-    source = Path(__file__).with_name("raw_calls.cpp")
-    subprocess.run([compiler, "-O2", "-std=c++20", str(source), "-o", str(program), "-ldl"], check=True, timeout=120)
-    return program
-
-
-class Raw:
-    """The process that makes the raw calls. A context manager."""
-
-    def __init__(self, program: Path, size: int, count: int) -> None:
-        command = [str(program), str(size), str(count)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def __enter__(self) -> Raw:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.process.kill()
-        self.process.communicate(timeout=20)
-
-    def measure(self) -> dict[str, float]:
-        if self.process.stdin is None or self.process.stdout is None:
-            raise RuntimeError("the process has no pipes")
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-        found: dict[str, float] = json.loads(self.process.stdout.readline())
-        return found
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import subprocess
@@ -73,7 +74,7 @@ def test_a_ramp_goes_up_to_its_peak_and_down_by_one_a_second() -> None:
     assert per_second == [1, 2, 3, 4, 3, 2, 1]
     assert schedule.ramp(3, step=0.5)[-1] == pytest.approx(2.0)
     assert schedule.ramp(1) == [0.0]
-    with pytest.raises(ValueError, match="peak|ramp"):
+    with pytest.raises(ValueError, match="a ramp up to 0"):
         schedule.ramp(0)
 
 
@@ -83,7 +84,7 @@ def test_poisson_arrivals_are_the_same_for_a_seed_and_have_the_rate() -> None:
     assert arrivals != schedule.poisson(20.0, 4000, seed=4)
     assert arrivals == sorted(arrivals)
     assert arrivals[-1] == pytest.approx(200.0, rel=0.1)
-    gaps = [b - a for a, b in zip(arrivals, arrivals[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(arrivals)]
     mean = sum(gaps) / len(gaps)
     deviation = math.sqrt(sum((gap - mean) ** 2 for gap in gaps) / len(gaps))
     assert deviation / mean == pytest.approx(1.0, abs=0.1)  # of an exponential distribution
