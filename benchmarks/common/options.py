@@ -35,9 +35,13 @@ def parse(
     for name in full:
         if name.endswith("_size"):
             setattr(chosen, name, parse_size(getattr(chosen, name), f"--{name.replace('_', '-')}"))
-    if chosen.device == "auto":
-        chosen.device = "0" if shutil.which("nvidia-smi") else "host"
+    chosen.device = device_of(chosen.device)
     return chosen
+
+
+def device_of(device: str) -> str:
+    """What auto stands for here."""
+    return device if device != "auto" else "0" if shutil.which("nvidia-smi") else "host"
 
 
 def settings(chosen: argparse.Namespace) -> dict[str, Any]:

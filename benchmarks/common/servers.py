@@ -163,8 +163,7 @@ class Fleet:
 
     def kernel_memory(self, server: Engine) -> KernelMemory:
         """What the kernel has allocated for a managed server on the host."""
-        pid = server.process.pid if server.process is not None else 0
-        kernel = KernelMemory(lambda: process_tree(pid))
+        kernel = KernelMemory(lambda: processes(server))
         kernel.find()
         return kernel
 
@@ -214,6 +213,26 @@ class Fleet:
     def _standin_arguments(self, spec: Spec) -> list[str]:
         more = ["--caching"] if spec.caching else []
         return ["--kv-bytes", str(spec.kv_bytes or self.capacity), "--seqs", str(spec.seqs), *more]
+
+
+def processes(server: Engine) -> list[int]:
+    """Of a server, as they are now."""
+    return process_tree(server.process.pid) if server.process is not None else []
+
+
+def ended(pid: int) -> bool:
+    """Every thread of a process has ended, so the kernel has closed its files and taken its memory back.
+
+    A process that nobody has waited for yet is still listed, and so is a first thread that ended before the others.
+    """
+    try:
+        states = [
+            (task / "stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[0]
+            for task in Path(f"/proc/{pid}/task").iterdir()
+        ]
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return all(state in "ZX" for state in states)
 
 
 def device_id(device: str) -> str:

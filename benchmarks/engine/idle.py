@@ -31,7 +31,7 @@ ABOUT = {
     "kv_size": "KV cache of each engine",
 }
 AFTER_S = 2.0
-WATCH_S = 5.0
+WATCH_S = 3.0
 KEPT = Target("with", "most", 8.0)
 RELEASE = {"--idle-release": "1s", "--cache-release": "1s"}
 

@@ -4,8 +4,8 @@
 
 The survivor first answers its requests alone: these answers are what it must give later. Then, in turns, the other
 engine is under load too and lives, or is killed in the midst of it. Measured are the survivor's failed requests,
-answers that differ, and latency; and the time from the signal until the ledger counts nothing for the dead one, and on
-the host until the kernel has none of its memory files.
+answers that differ, and latency; and the time from the signal until the ledger counts nothing for the dead one, and
+until the kernel has ended every thread of it, and with that taken its memory back.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from benchmarks.common import load, options, schedule
 from benchmarks.common.load import Background, Load
 from benchmarks.common.result import Result, Row, Target
 from benchmarks.common.schedule import Shape
-from benchmarks.common.servers import MIB, Fleet, Spec
+from benchmarks.common.servers import MIB, Fleet, Spec, ended, processes
 from benchmarks.common.stats import percentile
 from elastickv.demo.engines import Engine
 from elastickv.errors import NotFound
@@ -123,7 +123,7 @@ class Kills:
     def kill(self, right: Engine, survivor: Background) -> None:
         """Kills it once it holds a few blocks in use, and watches its memory go."""
         read = self.fleet.ledger_reader(right.name)
-        kernel = self.fleet.kernel_memory(right) if self.fleet.device == "host" else None
+        pids = processes(right)
         waited = time.monotonic()
         while read().usage.used <= 2 * read().page_bytes or time.monotonic() < survivor.start:
             if time.monotonic() > waited + FILLED_S:
@@ -135,11 +135,11 @@ class Kills:
         began = time.monotonic()
         self.fleet.kill(right.name)
         found: dict[str, float] = {}
-        wanted = {"ledger", "kernel"} if kernel else {"ledger"}
+        wanted = {"ledger", "kernel"}
         while wanted - found.keys() and time.monotonic() < began + GIVE_UP_S:
             if "ledger" not in found and gone(read):
                 found["ledger"] = time.monotonic() - began
-            if kernel and "kernel" not in found and kernel.bytes() == 0:
+            if "kernel" not in found and all(ended(pid) for pid in pids):
                 found["kernel"] = time.monotonic() - began
             time.sleep(0.001)
         for by in wanted:

