@@ -1,25 +1,30 @@
-"""Ends process groups when whoever started them is gone, however it went.
+"""Ends process groups, and removes their folder, when whoever started them is gone, however it went.
 
 A process of its own in a session of its own reads lines "+PGID" and "-PGID"; at the end of its input, which comes when
-the last process that could write has ended, it kills the groups that are left.
+the last process that could write has ended, it kills the groups that are left and removes the folder.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 
 
 class Guard:
-    """A context manager; leaving it kills what was not taken off the list."""
+    """A context manager; leaving it kills what was not taken off the list, and removes `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
 
     def __enter__(self) -> Guard:
         self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, text=True, start_new_session=True
+            [sys.executable, __file__, str(self._folder)], stdin=subprocess.PIPE, text=True, start_new_session=True
         )
         return self
 
@@ -46,6 +51,7 @@ def main() -> None:
     for group in groups:
         with suppress(ProcessLookupError):
             os.killpg(group, signal.SIGKILL)
+    shutil.rmtree(sys.argv[1], ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -52,9 +53,9 @@ class Spec:
 
 
 class Fleet:
-    """The servers of one benchmark. `capacity`: bytes that the managed ones share. A context manager.
+    """The servers of one benchmark. A context manager.
 
-    `engine`: "vllm" or "stand-in". `device`: "host" or a GPU's number.
+    `capacity`: bytes that the managed ones share; 0: elastickv finds out by itself. `engine`: "vllm" or "stand-in". `device`: "host" or a GPU's number.
     """
 
     def __init__(self, engine: str, device: str, model: str, capacity: int, start_s: float = 400.0) -> None:
@@ -67,8 +68,8 @@ class Fleet:
     def __enter__(self) -> Fleet:
         signal.signal(signal.SIGTERM, _leave)
         with ExitStack() as stack:
-            self.place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="elastickv-benchmark-")))
-            self._guard = stack.enter_context(Guard())
+            self.place = Path(tempfile.mkdtemp(prefix="elastickv-benchmark-"))
+            self._guard = stack.enter_context(Guard(self.place))
             if self.engine == "stand-in":
                 self.model = models.Model(self.place, 256, False)
             else:
@@ -80,8 +81,17 @@ class Fleet:
         try:
             for name in list(self._servers):
                 self.stop(name)
+            if error is not None and not isinstance(error, SystemExit):
+                self._keep_logs()
         finally:
             self._stack.close()
+
+    def _keep_logs(self) -> None:
+        """A server that does not start says why in its log, far above the last lines."""
+        place = tempfile.mkdtemp(prefix="elastickv-benchmark-logs-")
+        for log in self.place.glob("*.log"):
+            shutil.copy(log, place)
+        print(f"the servers' logs are in {place}", file=sys.stderr)
 
     @property
     def directory(self) -> Path:
@@ -171,8 +181,11 @@ class Fleet:
         options = {
             "--dir": str(self.directory),
             "--device": "host" if self.device == "host" else "auto",
-            "--capacity": str(self.capacity),
+            # The capacity is KV memory alone, as a plain engine's is; what measures starting says otherwise.
+            "--static": "none",
         }
+        if self.capacity:
+            options["--capacity"] = str(self.capacity)
         if self.device == "host" and self._model_name == "tiny":
             options["--page"] = str(64 * 1024 if self.engine == "stand-in" else TINY_PAGE)
         return options | dict(spec.options)

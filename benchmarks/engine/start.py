@@ -33,6 +33,7 @@ FULL = {
     "share": 0.8,
     "repeats": 2,
     "kv_size": "18GiB",
+    "weights_size": "0",
     "settings": "",
     "request_deadline": 300.0,
     "seed": 0,
@@ -44,6 +45,7 @@ SMALL = {
     "saturation_requests": 12,
     "repeats": 1,
     "kv_size": "4MiB",
+    "weights_size": "8MiB",
     "request_deadline": 120.0,
 }
 ABOUT = {
@@ -53,6 +55,7 @@ ABOUT = {
     "saturation_requests": "at once, to find the most that one engine serves",
     "share": "of that, which the busy engine is given",
     "kv_size": "KV memory of all engines together",
+    "weights_size": "room for an engine's weights; on a GPU elastickv finds that out by itself",
     "settings": "more of elastickv for each engine, as ELASTICKV_STOCK=0,ELASTICKV_LOG=debug",
     "request_deadline": "seconds that a request may take",
 }
@@ -67,7 +70,9 @@ def main() -> int:
     together = Result("engine/start", chosen.engine, chosen.small, chosen.device, settings)
     beside = Result("engine/start_beside", chosen.engine, chosen.small, chosen.device, settings)
     beside.sides = {"with": "another starts", "without": "none starts"}
-    with Fleet(chosen.engine, chosen.device, chosen.model, chosen.kv_size, chosen.start_deadline) as fleet:
+    # On a GPU elastickv finds out by itself what is there; on the host it is told, KV memory and weights.
+    capacity = chosen.kv_size + (chosen.engines + 1) * chosen.weights_size if chosen.device == "host" else 0
+    with Fleet(chosen.engine, chosen.device, chosen.model, capacity, chosen.start_deadline) as fleet:
         seconds = Starts(fleet, chosen, together).together()
         Starts(fleet, chosen, beside).beside_a_busy_one(seconds)
     together.write(chosen.output)
@@ -85,7 +90,8 @@ class Starts:
 
     def spec(self, name: str) -> Spec:
         most = sum(self.shape) + 16
-        return Spec(name, True, seqs=self.chosen.seqs, max_len=most, environment=self.more)
+        settings = {"--static": "checkpoint"}
+        return Spec(name, True, self.chosen.kv_size, False, self.chosen.seqs, most, settings, (), self.more)
 
     def together(self) -> float:
         """Seconds until the last managed one served."""
