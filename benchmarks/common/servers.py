@@ -55,7 +55,8 @@ class Spec:
 class Fleet:
     """The servers of one benchmark. A context manager.
 
-    `capacity`: bytes that the managed ones share; 0: elastickv finds out by itself. `engine`: "vllm" or "stand-in". `device`: "host" or a GPU's number.
+    `capacity`: bytes that the managed ones share; 0: elastickv finds out by itself. `engine`: "vllm" or "stand-in".
+    `device`: "host" or a GPU's number.
     """
 
     def __init__(self, engine: str, device: str, model: str, capacity: int, start_s: float = 400.0) -> None:
@@ -181,8 +182,6 @@ class Fleet:
         options = {
             "--dir": str(self.directory),
             "--device": "host" if self.device == "host" else "auto",
-            # The capacity is KV memory alone, as a plain engine's is; what measures starting says otherwise.
-            "--static": "none",
         }
         if self.capacity:
             options["--capacity"] = str(self.capacity)
@@ -195,8 +194,8 @@ class Fleet:
         own = dict.fromkeys((name for name in process_environment() if name.startswith("ELASTICKV")), "")
         path = os.pathsep.join([str(ROOT), process_environment().get("PYTHONPATH", "")]).rstrip(os.pathsep)
         environment = own | {"PYTHONPATH": path, "VLLM_LOGGING_LEVEL": "INFO"}
-        if not spec.managed:
-            environment["VLLM_PLUGINS"] = ""
+        # The capacity is KV memory alone, as a plain engine's is; what measures starting says otherwise.
+        environment |= {"ELASTICKV_STATIC": "none"} if spec.managed else {"VLLM_PLUGINS": ""}
         if self.device != "host":
             more = {"CUDA_VISIBLE_DEVICES": self.device, "VLLM_USE_FLASHINFER_SAMPLER": "0"}
             return environment | more

@@ -90,8 +90,8 @@ class Starts:
 
     def spec(self, name: str) -> Spec:
         most = sum(self.shape) + 16
-        settings = {"--static": "checkpoint"}
-        return Spec(name, True, self.chosen.kv_size, False, self.chosen.seqs, most, settings, (), self.more)
+        settings = {"ELASTICKV_STATIC": "checkpoint"} | self.more
+        return Spec(name, True, self.chosen.kv_size, False, self.chosen.seqs, most, environment=settings)
 
     def together(self) -> float:
         """Seconds until the last managed one served."""
