@@ -1,0 +1,155 @@
+"""The load client against servers that answer, refuse, come short, hang and die: every request is accounted for."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from benchmarks.common import load, schedule
+from benchmarks.common.load import Background, Load
+from benchmarks.common.result import Row, Target
+from benchmarks.common.schedule import Shape
+from benchmarks.common.stats import percentile
+from elastickv.demo.engines import free_port
+
+SHAPE = Shape(4, 3)
+Answer = Callable[[asyncio.StreamWriter], "asyncio.Future[None] | object"]
+
+
+def event(*tokens: int) -> bytes:
+    return f"data: {json.dumps({'choices': [{'index': 0, 'text': '', 'token_ids': list(tokens)}]})}\n\n".encode()
+
+
+HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n"
+ANSWERS: dict[str, list[bytes | float]] = {
+    "fine": [HEAD, event(1), 0.05, event(2, 3), b"data: [DONE]\n\n"],
+    "split in the middle of a line": [HEAD, event(1)[:9], 0.02, event(1)[9:] + event(2), event(3)[:-1], event(3)[-1:]],
+    "short": [HEAD, event(1), event(2)],
+    "refused": [b"HTTP/1.1 400 Bad Request\r\ncontent-length: 4\r\nconnection: close\r\n\r\nfull"],
+    "an error in the stream": [HEAD, event(1), b'data: {"error": "out of luck"}\n\n'],
+    "garbage": [HEAD, b"data: {nonsense\n\n"],
+    "not what was asked": [HEAD, b'data: {"choices": [{"index": 0}]}\n\n'],
+    "silence": [HEAD, event(1), 30.0],
+    "nothing": [],
+}
+
+
+@contextmanager
+def server(answer: list[bytes | float]) -> Iterator[str]:
+    """Gives the same answer to every request: bytes are sent, numbers are seconds to wait."""
+    port, ready, stop = free_port(), threading.Event(), threading.Event()
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        for part in answer:
+            if isinstance(part, float):
+                until = time.monotonic() + part
+                while time.monotonic() < until and not stop.is_set():
+                    await asyncio.sleep(0.01)
+            else:
+                writer.write(part)
+                await writer.drain()
+        writer.close()
+
+    async def serve() -> None:
+        listening = await asyncio.start_server(handle, "127.0.0.1", port)
+        ready.set()
+        while not stop.is_set():
+            await asyncio.sleep(0.02)
+        listening.close()
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread.start()
+    try:
+        assert ready.wait(20)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        stop.set()
+        thread.join(20)
+
+
+def ask(url: str, arrivals: list[float], deadline: float = 20.0) -> Load:
+    return load.run(load.requests(url, "m", arrivals, SHAPE, 256, seed=0), deadline)
+
+
+@pytest.mark.parametrize("kind", ["fine", "split in the middle of a line"])
+def test_tokens_and_their_times(kind: str) -> None:
+    with server(ANSWERS[kind]) as url:
+        done = ask(url, [0.0, 0.1, 0.1])
+    assert [one.error for one in done.outcomes] == ["", "", ""]
+    assert [one.tokens for one in done.outcomes] == [[1, 2, 3]] * 3
+    for one in done.outcomes:
+        assert one.arrival <= one.sent <= one.first <= one.last
+        assert one.ttft == one.first - one.arrival
+        assert one.tpot == (one.last - one.first) / 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("short", "2 of 3 tokens"),
+        ("refused", "400"),
+        ("an error in the stream", "out of luck"),
+        ("garbage", "JSONDecodeError"),
+        ("not what was asked", "KeyError"),
+        ("nothing", "RemoteProtocolError"),
+    ],
+)
+def test_a_bad_answer_is_a_failure_with_its_reason(kind: str, text: str) -> None:
+    with server(ANSWERS[kind]) as url:
+        done = ask(url, [0.0, 0.0])
+    assert len(done.outcomes) == len(done.failures) == 2
+    assert all(text in one.error for one in done.failures), done.failures
+    assert done.ttft() == [math.inf, math.inf]
+    assert done.tokens_per_second == 0
+
+
+def test_a_request_past_its_deadline_is_a_failure() -> None:
+    began = time.monotonic()
+    with server(ANSWERS["silence"]) as url:
+        done = ask(url, [0.0], deadline=0.5)
+    assert "no end within" in done.failures[0].error
+    assert "1 tokens had come" in done.failures[0].error
+    assert time.monotonic() - began < 20
+
+
+def test_nobody_there_is_a_failure_of_every_request() -> None:
+    done = ask(f"http://127.0.0.1:{free_port()}", schedule.at_once(5))
+    assert len(done.failures) == 5
+    assert all("Connect" in one.error for one in done.failures)
+
+
+def test_requests_are_sent_at_their_time_whether_or_not_others_have_been_answered() -> None:
+    """The server never ends an answer within the load; an open loop sends all of them even so."""
+    arrivals = [0.0, 0.3, 0.6]
+    with server(ANSWERS["silence"]) as url:
+        done = ask(url, arrivals, deadline=1.5)
+    assert [one.sent >= one.arrival for one in done.outcomes] == [True] * 3
+    assert all(one.tokens == [1] for one in done.outcomes)
+
+
+def test_a_load_in_the_background_is_accounted_for_as_well() -> None:
+    with server(ANSWERS["fine"]) as url:
+        asked = load.requests(url, "m", [0.0, 0.2], SHAPE, 256, seed=0)
+        with Background(asked, 20.0) as background:
+            done = background.wait()
+    assert not background.running()
+    assert [one.ok for one in done.outcomes] == [True, True]
+
+
+def test_a_row_with_a_failed_request_misses_its_target() -> None:
+    """98 requests that were answered at once do not outweigh two that were not."""
+    with server(ANSWERS["fine"]) as url:
+        done = ask(url, [0.0])
+    broken = Load([*done.outcomes * 48, *ask(f"http://127.0.0.1:{free_port()}", [0.0, 0.0]).outcomes], 1.0)
+    p99 = percentile(broken.ttft(), 99)
+    assert math.isinf(p99)
+    row = Row("TTFT P99", "ms", p99, 1e9, Target("ratio", "most", 1.0), spoilt=len(broken.failures))
+    assert row.met is False
