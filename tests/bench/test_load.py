@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
+import socketserver
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -20,7 +20,6 @@ from benchmarks.common.stats import percentile
 from elastickv.demo.engines import free_port
 
 SHAPE = Shape(4, 3)
-Answer = Callable[[asyncio.StreamWriter], "asyncio.Future[None] | object"]
 
 
 def event(*tokens: int) -> bytes:
@@ -44,35 +43,31 @@ ANSWERS: dict[str, list[bytes | float]] = {
 @contextmanager
 def server(answer: list[bytes | float]) -> Iterator[str]:
     """Gives the same answer to every request: bytes are sent, numbers are seconds to wait."""
-    port, ready, stop = free_port(), threading.Event(), threading.Event()
+    stop = threading.Event()
 
-    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        for part in answer:
-            if isinstance(part, float):
-                until = time.monotonic() + part
-                while time.monotonic() < until and not stop.is_set():
-                    await asyncio.sleep(0.01)
-            else:
-                writer.write(part)
-                await writer.drain()
-        writer.close()
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            length = 0
+            while (line := self.rfile.readline().strip()) != b"":
+                if line.lower().startswith(b"content-length:"):
+                    length = int(line.partition(b":")[2])
+            self.rfile.read(length)
+            with suppress(BrokenPipeError, ConnectionResetError):
+                for part in answer:
+                    if isinstance(part, float):
+                        stop.wait(part)
+                    else:
+                        self.wfile.write(part)
 
-    async def serve() -> None:
-        listening = await asyncio.start_server(handle, "127.0.0.1", port)
-        ready.set()
-        while not stop.is_set():
-            await asyncio.sleep(0.02)
-        listening.close()
-
-    thread = threading.Thread(target=lambda: asyncio.run(serve()))
-    thread.start()
-    try:
-        assert ready.wait(20)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        stop.set()
-        thread.join(20)
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as listening:
+        thread = threading.Thread(target=listening.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listening.server_address[1]}"
+        finally:
+            stop.set()
+            listening.shutdown()
+            thread.join(20)
 
 
 def ask(url: str, arrivals: list[float], deadline: float = 20.0) -> Load:
@@ -130,9 +125,9 @@ def test_requests_are_sent_at_their_time_whether_or_not_others_have_been_answere
     """The server never ends an answer within the load; an open loop sends all of them even so."""
     arrivals = [0.0, 0.3, 0.6]
     with server(ANSWERS["silence"]) as url:
-        done = ask(url, arrivals, deadline=1.5)
+        done = ask(url, arrivals, deadline=3.0)
     assert [one.sent >= one.arrival for one in done.outcomes] == [True] * 3
-    assert all(one.tokens == [1] for one in done.outcomes)
+    assert len(done.failures) == 3
 
 
 def test_a_load_in_the_background_is_accounted_for_as_well() -> None:
