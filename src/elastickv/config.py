@@ -43,6 +43,7 @@ __all__ = [
 
 PREFIX: Final = "ELASTICKV"
 CONFIG_VARIABLE: Final = "ELASTICKV_CONFIG"
+HOLDS: Final = ("auto", "always")
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 MIN_PAGE: Final = 4096
 STATIC_WORDS: Final = ("auto", "none", "checkpoint")
@@ -150,6 +151,12 @@ def _milliseconds(text: str, what: str) -> int:
     return round(parse_seconds(text, what, default_unit="ms") * 1000)
 
 
+def _hold_windows(text: str, what: str) -> str:
+    if text.lower() not in HOLDS:
+        raise InvalidArgument(f"{what}: {text!r} is neither {' nor '.join(HOLDS)}", what=what, value=text)
+    return text.lower()
+
+
 def _log(text: str, what: str) -> str:
     if text.lower() not in LOG_LEVELS:
         raise InvalidArgument(
@@ -244,6 +251,12 @@ VARIABLES: Final[tuple[Variable, ...]] = (
     ),
     Variable("give_back_wait", _milliseconds, "20", "Milliseconds that an allocation waits for its neighbours."),
     Variable("stock", parse_size, "one extent", "Bytes that are kept mapped ahead of demand."),
+    Variable(
+        "hold_windows",
+        _hold_windows,
+        "auto",
+        "Blocks behind a sliding window stay until the request ends: auto, where kernels may read them; always.",
+    ),
     Variable("log", _log, "info", f"How much is logged: {', '.join(LOG_LEVELS)}."),
 )
 
@@ -279,6 +292,7 @@ class Settings:
     give_back_wait: int = 20
     """Milliseconds."""
     stock: int | None = None
+    hold_windows: str = "auto"
     log: str = "info"
     given: frozenset[str] = field(default=frozenset(), compare=False)
     """Names of the fields that some place gave a value, as opposed to the defaults."""

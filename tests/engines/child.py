@@ -46,10 +46,12 @@ def _round(llm: Any, vllm: Any, number: int, prompts: list[Any], job: dict[str, 
     margins: list[list[float]] = [[] for _ in prompts]
     first = [0.0] * len(prompts)
     damaged: list[Any] = []
-    steps = 0
+    steps = probed = 0
     while engine.has_unfinished_requests():
         if steps == job["damage_at"]:
             damaged = llm.collective_rpc(f"{job['damage']}_blocks", args=(job["damage_blocks"],))
+        if job["probe"]:
+            probed += sum(llm.collective_rpc(job["probe"]))
         for output in engine.step():
             i = int(output.request_id.split("-")[1])
             tokens[i] = list(output.outputs[0].token_ids)
@@ -66,6 +68,7 @@ def _round(llm: Any, vllm: Any, number: int, prompts: list[Any], job: dict[str, 
         "seconds": seconds,
         "cpu_seconds": _cpu_seconds() - burnt,
         "damaged": damaged,
+        "probed": probed,
     }
 
 

@@ -21,6 +21,19 @@ class WorkerExtension:
         ids.pop(0, None)
         return list(ids)
 
+    def shared_blocks(self: Any) -> int:
+        """How many blocks stand in more than one row of the worker's tables, the null block apart."""
+        batch = self.model_runner.input_batch
+        seen: set[int] = set()
+        twice: set[int] = set()
+        for table in batch.block_table.block_tables:
+            rows = table.get_numpy_array()
+            for row in range(batch.num_reqs):
+                ids = {int(block) for block in rows[row, : table.num_blocks_per_row[row]]} - {0}
+                twice |= seen & ids
+                seen |= ids
+        return len(twice)
+
     def corrupt_blocks(self: Any, count: int) -> list[int]:
         """Overwrites, in every layer, `count` blocks that running requests use; returns which."""
         chosen = self.used_blocks()[:count]

@@ -63,6 +63,7 @@ class Job:
 
     `core`: the CPU that the engine is bound to, None: all of them. `damage_at`: in every round, before this step,
     `damage_blocks` blocks in use are damaged: "corrupt" overwrites them, "unmap" takes the memory behind them away.
+    `probe`: a method of the worker that returns a number, called before every step; a round has the sum.
     `environment` is laid over ENVIRONMENT and this process's own.
     """
 
@@ -76,6 +77,7 @@ class Job:
     damage: Literal["corrupt", "unmap"] = "corrupt"
     damage_at: int = -1
     damage_blocks: int = 4
+    probe: str | None = None
 
     def message(self) -> dict[str, Any]:
         return {
@@ -88,6 +90,7 @@ class Job:
             "damage_at": self.damage_at,
             "damage_blocks": self.damage_blocks,
             "core": self.core,
+            "probe": self.probe,
         }
 
 
@@ -105,6 +108,7 @@ class Round:
     seconds: float
     cpu_seconds: float
     damaged: list[Any]
+    probed: int = 0
 
     @property
     def tokens_per_second(self) -> float:

@@ -181,19 +181,41 @@ def test_hisparse() -> None:
     )
 
 
+class DreamingSpec:
+    """A kind of layer that nobody has looked at."""
+
+
 class SlidingWindowSpec:
     """By the name of vLLM's."""
 
 
-def test_windows_on_a_gpu() -> None:
-    groups = [SimpleNamespace(kv_cache_spec=SlidingWindowSpec())]
-    gate.check_groups(None, groups, on_cpu=True)
-    with pytest.raises(EngineRefused) as caught:
-        gate.check_groups(None, groups, on_cpu=False)
-    assert str(caught.value) == (
-        "elastickv cannot manage layers of the kind SlidingWindowSpec: on a GPU its kernels read blocks behind the "
-        f"window that were already given up; start with --disable-hybrid-kv-cache-manager, {OFF}"
-    )
+def test_kinds_of_layers_that_nobody_has_looked_at() -> None:
+    known, unknown = (SimpleNamespace(kv_cache_spec=kind()) for kind in (SlidingWindowSpec, DreamingSpec))
+    mixed = SimpleNamespace(kv_cache_spec=SimpleNamespace(kv_cache_specs={"a": SlidingWindowSpec(), "b": DreamingSpec()}))
+    gate.check_groups([known, unknown], on_cpu=True)
+    gate.check_groups([known], on_cpu=False)
+    for groups in ([known, unknown], [mixed]):
+        with pytest.raises(EngineRefused) as caught:
+            gate.check_groups(groups, on_cpu=False)
+        assert str(caught.value) == (
+            "elastickv cannot manage layers of the kind DreamingSpec: it is not known whether its kernels read blocks "
+            f"that were already given up; use another model, {OFF}"
+        )
+
+
+@pytest.mark.vllm
+def test_every_kind_of_layer_of_the_installed_vllm_is_known_or_refused_on_purpose() -> None:
+    from vllm.v1 import kv_cache_interface
+    from vllm.v1.kv_cache_interface import KVCacheSpec
+
+    made = {name for name, kind in vars(kv_cache_interface).items() if _is_spec(kind, KVCacheSpec)}
+    abstract = {"KVCacheSpec", "AttentionSpec", "UniformTypeKVCacheSpecs"}
+    refused = {"HiSparseHotSpec", "HiSparseResidentSpec"}
+    assert made - abstract - refused == gate.KINDS
+
+
+def _is_spec(kind: object, base: type) -> bool:
+    return isinstance(kind, type) and issubclass(kind, base)
 
 
 def tensor(**fields: Any) -> SimpleNamespace:

@@ -15,6 +15,7 @@ __all__ = [
     "Directory",
     "Floor",
     "GiveBackWait",
+    "HoldWindows",
     "IdleRelease",
     "Json",
     "Limit",
@@ -37,6 +38,7 @@ _METAVARS: Final = {
     "idle_release": "SECONDS",
     "cache_release": "SECONDS",
     "give_back_wait": "MS",
+    "hold_windows": "auto|always",
     "log": "LEVEL",
 }
 
@@ -62,5 +64,6 @@ IdleRelease = Annotated[str | None, _setting("idle_release")]
 CacheRelease = Annotated[str | None, _setting("cache_release")]
 GiveBackWait = Annotated[str | None, _setting("give_back_wait")]
 Stock = Annotated[str | None, _setting("stock")]
+HoldWindows = Annotated[str | None, _setting("hold_windows")]
 Log = Annotated[str | None, _setting("log")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for a program to read.")]

@@ -36,6 +36,7 @@ def run(
     cache_release: opt.CacheRelease = None,
     give_back_wait: opt.GiveBackWait = None,
     stock: opt.Stock = None,
+    hold_windows: opt.HoldWindows = None,
     log: opt.Log = None,
 ) -> None:
     """Start an engine managed: everything after -- is the command, and it replaces this process.
@@ -59,6 +60,7 @@ def run(
         "cache_release": cache_release,
         "give_back_wait": give_back_wait,
         "stock": stock,
+        "hold_windows": hold_windows,
         "log": log,
     }
     settings = Settings.load(options=options)

@@ -40,6 +40,13 @@ _BACKENDS: Final = {
     "CUTLASS_MSA": "it has one layout only, which scatters a block",
 }
 
+KINDS: Final = frozenset(
+    {"FullAttentionSpec", "MLAAttentionSpec", "SinkFullAttentionSpec", "CrossAttentionSpec", "EncoderOnlyAttentionSpec"}
+    | {"SlidingWindowSpec", "SlidingWindowMLASpec", "ChunkedLocalAttentionSpec", "RSWASpec", "MambaSpec"}
+    | {"HiddenStateCacheSpec", "CircularBufferSpec"}
+)
+"""Kinds of layers that keep their blocks while a request runs, or whose given-up blocks are held (window.py)."""
+
 _WORKER_METHODS: Final = ("_maybe_get_memory_pool_context", "initialize_from_config", "execute_model")
 
 
@@ -118,15 +125,16 @@ def check_backends(names: Iterable[str]) -> None:
             raise _refuse(f"the attention backend {name}", _BACKENDS[name], "choose another with --attention-backend")
 
 
-def check_groups(config: Any, groups: Iterable[Any], *, on_cpu: bool) -> None:
-    """Refuses groups of layers whose kernels may follow the ids of blocks that were given up."""
+def check_groups(groups: Iterable[Any], *, on_cpu: bool) -> None:
+    """Refuses groups of layers of a kind that is not known: their kernels might follow blocks that were given up."""
     if on_cpu:
         return
     for group in groups:
-        kind = type(group.kv_cache_spec).__name__
-        if kind in {"SlidingWindowSpec", "SlidingWindowMLASpec", "ChunkedLocalAttentionSpec"}:
-            why = "on a GPU its kernels read blocks behind the window that were already given up"
-            raise _refuse(f"layers of the kind {kind}", why, "start with --disable-hybrid-kv-cache-manager")
+        for spec in getattr(group.kv_cache_spec, "kv_cache_specs", {"": group.kv_cache_spec}).values():
+            kind = type(spec).__name__
+            if kind not in KINDS:
+                why = "it is not known whether its kernels read blocks that were already given up"
+                raise _refuse(f"layers of the kind {kind}", why, "use another model")
 
 
 def check_worker_class(worker: type) -> None:

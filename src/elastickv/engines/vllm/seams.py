@@ -29,6 +29,7 @@ _CORE: Final = "vllm.v1.engine.core"
 _EXECUTOR: Final = "vllm.v1.executor.abstract"
 _WORKER: Final = "vllm.v1.worker.gpu_worker"
 _POOL: Final = "vllm.v1.core.block_pool"
+_MANAGER: Final = "vllm.v1.core.single_type_kv_cache_manager"
 
 SEAMS: Final = (
     # hooked
@@ -63,6 +64,10 @@ SEAMS: Final = (
         "KVCacheCoordinator.get_num_blocks_to_allocate",
         ("self", "request_id", "num_tokens"),
     ),
+    Seam(
+        _MANAGER, "SingleTypeKVCacheManager.remove_skipped_blocks", ("self", "request_id", "processed_computed_tokens")
+    ),
+    Seam(_MANAGER, "SingleTypeKVCacheManager.pop_blocks_for_free", ("self", "request_id")),
     Seam("vllm.v1.core.kv_cache_utils", "get_max_concurrency_for_kv_cache_config", ("vllm_config", "kv_cache_config")),
     Seam(_POOL, "BlockPool.get_new_blocks", ("self", "num_blocks")),
     Seam(_POOL, "BlockPool.free_blocks", ("self", "ordered_blocks")),

@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 from vllm.logger import init_logger
 
 from elastickv.config import Settings
-from elastickv.engines.vllm import budget, gate, geometry, ranks, scheduler, weights
+from elastickv.engines.vllm import budget, gate, geometry, ranks, scheduler, weights, window
 from elastickv.engines.vllm.blockpool import ElasticBlockPool
 from elastickv.engines.vllm.idle import EngineSteward
 from elastickv.engines.vllm.static import StaticLease
@@ -83,6 +83,7 @@ class Session:
         self.cache: Cache | None = None
         self.pool: ElasticBlockPool | None = None
         self.scheduler: Any = None
+        self.windows: window.Rule | None = None
         self._steward: EngineSteward | None = None
         self._sent = 0
         self._prove = False
@@ -134,9 +135,12 @@ class Session:
         """The configuration of each rank's cache, sized by the tenant's budget."""
         from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config as concurrency
 
-        planned = budget.plan(planner, self.config, specs, self.devices, self.wish, concurrency)
         on_cpu = all(device.name == "host" for device in self.devices)
-        gate.check_groups(self.config, planned.configs[0].kv_cache_groups, on_cpu=on_cpu)
+        always = self.settings.hold_windows == "always"
+        self.windows = window.Rule(self.config, self.version, on_cpu=on_cpu, always=always)
+        counted = window.concurrency(concurrency, self.windows)
+        planned = budget.plan(planner, self.config, specs, self.devices, self.wish, counted)
+        gate.check_groups(planned.configs[0].kv_cache_groups, on_cpu=on_cpu)
         self.shapes = planned.ranks
         return planned.configs
 
@@ -163,6 +167,7 @@ class Session:
             cache.wait_ready(READY_S)
             watermark = self.config.scheduler_config.watermark
             self.pool = scheduler.attach(made, cache.pool, self.budget_blocks, watermark)
+            self._hold_windows(made.kv_cache_manager)
             self.scheduler = made
             self._check_engaged(made)
         except BaseException:  # the engine will not be; its place on the ledger must not stay
@@ -172,6 +177,13 @@ class Session:
         self._need(self.tenancy).stop_watching()
         self._steward = EngineSteward(self, self.pool.native)
         self._steward.start()
+
+    def _hold_windows(self, manager: Any) -> None:
+        rule, groups = self._need(self.windows), manager.kv_cache_config.kv_cache_groups
+        window.hold(manager.coordinator, rule.groups(groups))
+        text = rule.describe(groups)
+        if text:
+            _logger.info("elastickv: %s", text)
 
     def _check_engaged(self, made: Any) -> None:
         """Sends an empty step through, as a real one goes, and looks whether its order arrived everywhere."""
