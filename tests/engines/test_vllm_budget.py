@@ -57,9 +57,9 @@ class Engine:
             for count, spec in zip(self.layers, specs, strict=True)
         ]
 
-    def plan(self, *devices: Device, wish: Wish = NOTHING) -> budget.Plan:
+    def plan(self, *devices: Device, wish: Wish = NOTHING, times: int = 1) -> budget.Plan:
         def concurrency(config: Any, one: Any) -> float:
-            return float(one.num_blocks / -(-config.model_config.max_model_len // 32))
+            return float(one.num_blocks / (times * -(-config.model_config.max_model_len // 32)))
 
         return budget.plan(self.planner, self.config, self.specs, devices, wish, concurrency)
 
@@ -125,6 +125,14 @@ def test_a_length_of_the_engines_own_choice_fits_in_the_budget() -> None:
     made = engine.plan(host(limit=2 * MIB))
     assert made.configs[0].num_blocks == 1024
     assert engine.config.model_config.max_model_len == 31 * 32  # 32 blocks under the limit, one is the null block
+
+
+def test_a_request_that_takes_more_than_the_planner_knows_gets_a_shorter_length() -> None:
+    engine = Engine(4, length=4096, auto=True)
+    engine.plan(host(limit=2 * MIB), times=2)
+    assert engine.config.model_config.max_model_len == 15 * 32
+    with pytest.raises(EngineRefused, match="one request of max_model_len 4096 tokens takes 256 blocks"):
+        Engine(4, length=4096).plan(host(limit=2 * MIB), times=2)
 
 
 def test_a_length_that_fits_is_left() -> None:

@@ -191,7 +191,9 @@ class SlidingWindowSpec:
 
 def test_kinds_of_layers_that_nobody_has_looked_at() -> None:
     known, unknown = (SimpleNamespace(kv_cache_spec=kind()) for kind in (SlidingWindowSpec, DreamingSpec))
-    mixed = SimpleNamespace(kv_cache_spec=SimpleNamespace(kv_cache_specs={"a": SlidingWindowSpec(), "b": DreamingSpec()}))
+    mixed = SimpleNamespace(
+        kv_cache_spec=SimpleNamespace(kv_cache_specs={"a": SlidingWindowSpec(), "b": DreamingSpec()})
+    )
     gate.check_groups([known, unknown], on_cpu=True)
     gate.check_groups([known], on_cpu=False)
     for groups in ([known, unknown], [mixed]):

@@ -118,10 +118,10 @@ class World:
     """vLLM's KVCacheManager for full attention and a window, over an elastic pool."""
 
     def __init__(self, directory: Path, *, hold: bool, caching: bool = True) -> None:
+        from vllm.utils.hashing import sha256
         from vllm.v1.core.kv_cache_manager import KVCacheManager
         from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
         from vllm.v1.kv_cache_interface import KVCacheConfig
-        from vllm.utils.hashing import sha256
 
         from elastickv.engines.vllm import window
         from elastickv.engines.vllm.scheduler import attach

@@ -127,13 +127,16 @@ def plan(
     Shortens max_model_len to what fits in the budget if the user left its choice to vLLM (-1). Refuses if a block, or
     a request of max_model_len tokens, does not fit in the budget.
     """
-    shapes, per_request = _probe(planner, config, specs, ranks, concurrency)
+    probed = _probe(planner, config, specs)
+    shapes = [geometry.read(one, rank.name) for one, rank in zip(probed, ranks, strict=True)]
+    per_request = _blocks_of_request(config, probed, concurrency)
     costs = _Costs(shapes, {device.name: device for device in ranks})
     affordable = costs.blocks_within({name: device.budget for name, device in costs.devices.items()})
     if affordable < 2:  # block 0 is vLLM's null block and serves no request
         raise EngineRefused(_block_too_large(shapes, costs))
     if config.model_config.original_max_model_len == -1:
         _fit_length(planner, config, specs, affordable)
+        _shorten(config, probed, concurrency, affordable)
     elif per_request + 1 > affordable:
         raise EngineRefused(_request_too_large(config, costs, per_request, affordable))
     blocks = _virtual_blocks(shapes, costs, wish)
@@ -141,26 +144,34 @@ def plan(
     return Plan(planner(config, specs, [1] * len(specs)), shapes)
 
 
-def _probe(
-    planner: Planner,
-    config: Any,
-    specs: list[dict[str, Any]],
-    ranks: Sequence[Device],
-    concurrency: Callable[[Any, Any], float],
-) -> tuple[list[RankGeometry], int]:
-    """The shape of each rank, and the blocks of one request, from a plan with more room than anybody needs."""
+def _probe(planner: Planner, config: Any, specs: list[dict[str, Any]]) -> list[Any]:
+    """A plan with more room than anybody needs."""
     model, cache = config.model_config, config.cache_config
     chosen = model.original_max_model_len
     cache.num_gpu_blocks_override = _PROBE_BLOCKS
     model.original_max_model_len = model.max_model_len  # so that the probe does not shorten it
     try:
-        configs = planner(config, specs, [1] * len(specs))
+        return planner(config, specs, [1] * len(specs))
     finally:
         model.original_max_model_len = chosen
         cache.num_gpu_blocks_override = None
-    shapes = [geometry.read(one, rank.name) for one, rank in zip(configs, ranks, strict=True)]
-    per_request = max(math.ceil(one.num_blocks / concurrency(config, one) - 1e-6) for one in configs)
-    return shapes, per_request
+
+
+def _blocks_of_request(config: Any, probed: list[Any], concurrency: Callable[[Any, Any], float]) -> int:
+    """The blocks of one request of max_model_len tokens as it is now."""
+    needs: list[int] = [math.ceil(one.num_blocks / concurrency(config, one) - 1e-6) for one in probed]
+    return max(needs)
+
+
+def _shorten(config: Any, probed: list[Any], concurrency: Callable[[Any, Any], float], affordable: int) -> None:
+    """Where a request needs more than vLLM's planner knows (held windows), the longest that fits all the same."""
+    model = config.model_config
+    low, high = 1, model.max_model_len
+    while low < high:
+        model.max_model_len = (low + high + 1) // 2
+        fits = _blocks_of_request(config, probed, concurrency) + 1 <= affordable
+        low, high = (model.max_model_len, high) if fits else (low, model.max_model_len - 1)
+    model.max_model_len = low
 
 
 def _fit_length(planner: Planner, config: Any, specs: list[dict[str, Any]], affordable: int) -> None:
