@@ -360,10 +360,15 @@ def engine_run(model: Path, directory: Path, *, caching: bool, **settings: str) 
     return run(job)
 
 
+@pytest.fixture(scope="module")
+def plain(gemma: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """What plain vLLM answers, with all the memory it could want."""
+    return engine_run(gemma, tmp_path_factory.mktemp("none"), caching=False)
+
+
 @pytest.mark.slow
-def test_an_engine_that_holds_answers_as_plain_vllm(gemma: Path, directory: Path) -> None:
+def test_an_engine_that_holds_answers_as_plain_vllm(gemma: Path, plain: Result, directory: Path) -> None:
     """Little memory, so that requests are preempted; with holding no id stands in two tables, without it some do."""
-    plain = engine_run(gemma, directory, caching=False)
     capacity = str(96 * ENGINE_BLOCK)
     released = engine_run(gemma, directory.with_name("released"), caching=False, ELASTICKV_CAPACITY=capacity)
     held = engine_run(
@@ -380,8 +385,7 @@ def test_an_engine_that_holds_answers_as_plain_vllm(gemma: Path, directory: Path
 
 
 @pytest.mark.slow
-def test_an_engine_that_holds_and_caches_prefixes(gemma: Path, directory: Path) -> None:
-    plain = engine_run(gemma, directory, caching=True)
+def test_an_engine_that_holds_and_caches_prefixes(gemma: Path, plain: Result, directory: Path) -> None:
     held = engine_run(
         gemma,
         directory.with_name("held"),
