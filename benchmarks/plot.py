@@ -42,7 +42,7 @@ def main() -> int:
         return 3
     mpl.use("Agg")
     # The same figures give the same file: no date and no random ids in it.
-    mpl.rcParams.update({"svg.hashsalt": "elastickv", "font.size": 9, "axes.spines.top": False})
+    mpl.rcParams.update({"svg.hashsalt": "elastickv", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False})
     chosen.output.mkdir(parents=True, exist_ok=True)
     for name, figure in pictures(reports).items():
         path = chosen.output / f"{name}.{chosen.format}"

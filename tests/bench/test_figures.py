@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks import page
 from benchmarks.common import schedule
 from benchmarks.common.load import Load, Outcome
 from benchmarks.common.result import FIELDS, ROOT, Result, Row, Target, read
@@ -218,3 +219,11 @@ def test_compare_refuses_what_cannot_be_compared(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/results").rglob("*.json")), ids=lambda path: path.stem)
 def test_recorded_results_can_be_read(path: Path) -> None:
     assert read(path)["rows"]
+
+
+def test_the_page_has_the_recorded_results() -> None:
+    """scripts/docs writes them."""
+    text = page.PAGE.read_text(encoding="utf-8")
+    assert page.BEGIN + page.tables() + page.END in text
+    for path in (ROOT / "benchmarks/results").rglob("*.json"):
+        assert f"../{path.relative_to(ROOT)}" in text
