@@ -154,6 +154,8 @@ void bind_pool(nb::module_ &module) {
         .def("maintain", &Pool::maintain, nb::arg("idle"), nb::call_guard<nb::gil_scoped_release>(),
              "Does what neighbours, limits and the idle clock ask; returns blocks whose contents must be forgotten.")
         .def("attention", &Pool::attention)
+        .def("give_all", &Pool::give_all, nb::call_guard<nb::gil_scoped_release>(),
+             "Gives back every page without a block in use, the floor's too; returns blocks that must be forgotten.")
         .def("preempt_blocks", &Pool::preempt_blocks, nb::call_guard<nb::gil_scoped_release>(),
              "Used blocks that must at least be given up by preempting, for a limit that was ordered to hold now. "
              "Ask again after each preemption and maintain().")

@@ -26,11 +26,46 @@ def main() -> None:
     llm = vllm.LLM(model=job["model"], worker_extension_cls=EXTENSION, disable_log_stats=False, **job["engine"])
     _send(events, event="ready", seconds=time.monotonic() - began, blocks=_blocks(llm), pids=_children())
     for number, prompts in enumerate(job["rounds"]):
-        if not sys.stdin.readline():
+        while (line := sys.stdin.readline()).startswith("{"):
+            _send(events, event="called", **_call(llm, json.loads(line)))
+        if not line:
             return
         _send(events, event="round", **_round(llm, vllm, number, prompts, job))
     _send(events, event="done", counters=_counters(llm), peak_bytes=_peak_bytes())
     sys.stdin.readline()
+
+
+def _call(llm: Any, call: dict[str, Any]) -> dict[str, Any]:
+    """A method of the engine, by name; what it raises is told and ends nothing."""
+    try:
+        return {"result": getattr(llm, call["name"])(*call["args"]), "error": None}
+    except Exception as error:  # noqa: BLE001 - the test on the other side of the pipe decides what it means
+        return {"result": None, "error": f"{type(error).__name__}: {error}"}
+
+
+class _Order:
+    """A limit that is ordered before a step, from here, and what the tenant holds after each step from then on."""
+
+    def __init__(self, job: dict[str, Any], llm: Any) -> None:
+        self.order, self.held = job["order"], list[list[int]]()
+        self._llm = llm
+
+    def before(self, step: int) -> None:
+        if self.order is not None and step == self.order["step"]:
+            self._ledger().order_limit(self.order["name"], self.order["limit"], self.order["now"])
+
+    def after(self, step: int) -> None:
+        if self.order is not None and step >= self.order["step"] - 1:
+            rows = {row["name"]: row for row in self._ledger().view()["tenants"]}
+            row = rows[self.order["name"]]
+            core = self._llm.llm_engine.engine_core.engine_core
+            held = row["leased"] + row["static_bytes"]
+            self.held.append([held, row["limit_held_rev"], row["limit_wanted_rev"], len(core.scheduler.running)])
+
+    def _ledger(self) -> Any:
+        from elastickv._core import Ledger
+
+        return Ledger.open(self.order["directory"], self.order["device"])
 
 
 def _round(llm: Any, vllm: Any, number: int, prompts: list[Any], job: dict[str, Any]) -> dict[str, Any]:
@@ -47,17 +82,20 @@ def _round(llm: Any, vllm: Any, number: int, prompts: list[Any], job: dict[str, 
     first = [0.0] * len(prompts)
     damaged: list[Any] = []
     steps = probed = 0
+    order = _Order(job, llm)
     while engine.has_unfinished_requests():
         if steps == job["damage_at"]:
             damaged = llm.collective_rpc(f"{job['damage']}_blocks", args=(job["damage_blocks"],))
         if job["probe"]:
             probed += sum(llm.collective_rpc(job["probe"]))
+        order.before(steps)
         for output in engine.step():
             i = int(output.request_id.split("-")[1])
             tokens[i] = list(output.outputs[0].token_ids)
             first[i] = first[i] or time.monotonic() - began
             if output.outputs[0].logprobs and output.finished:
                 margins[i] = [_margin(entry) for entry in output.outputs[0].logprobs]
+        order.after(steps)
         steps += 1
     seconds = time.monotonic() - began
     return {
@@ -69,6 +107,7 @@ def _round(llm: Any, vllm: Any, number: int, prompts: list[Any], job: dict[str, 
         "cpu_seconds": _cpu_seconds() - burnt,
         "damaged": damaged,
         "probed": probed,
+        "held": order.held,
     }
 
 

@@ -78,6 +78,8 @@ class Job:
     damage_at: int = -1
     damage_blocks: int = 4
     probe: str | None = None
+    order: dict[str, Any] | None = None
+    """A limit ordered before a step of an engine in one process: step, directory, device, name, limit, now."""
 
     def message(self) -> dict[str, Any]:
         return {
@@ -91,6 +93,7 @@ class Job:
             "damage_blocks": self.damage_blocks,
             "core": self.core,
             "probe": self.probe,
+            "order": self.order,
         }
 
 
@@ -109,6 +112,9 @@ class Round:
     cpu_seconds: float
     damaged: list[Any]
     probed: int = 0
+    held: list[list[int]] = field(default_factory=list)
+    """With an order: bytes held, revisions of the limit held and wanted, and requests running, after each step from the
+    one before the order on."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -168,6 +174,13 @@ class Engine:
         if self._ready is None:
             self._ready = self._next("ready", time.monotonic() + seconds)
             self.pids, self.blocks = list(self._ready["pids"]), int(self._ready["blocks"])
+
+    def call(self, name: str, *args: Any, seconds: float = START_SECONDS) -> tuple[Any, str | None]:
+        """Calls a method of vllm.LLM between two rounds: what it returned, and what it raised as text."""
+        self.wait_ready()
+        self._say(json.dumps({"name": name, "args": list(args)}))
+        event = self._next("called", time.monotonic() + seconds)
+        return event["result"], event["error"]
 
     def go(self) -> None:
         """Lets the engine begin its next round; returns at once."""

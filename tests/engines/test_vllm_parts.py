@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from elastickv._core import Ledger
 from elastickv.config import Settings
 from elastickv.errors import EngineRefused
 from elastickv.memory import Cache, RankGeometry, RankMemory
@@ -205,15 +206,91 @@ def test_a_cache_that_was_not_asked_for_is_noticed(cache: tuple[Cache, RankMemor
 def test_a_worker_without_an_engine_that_is_managed() -> None:
     from elastickv.engines.vllm.worker import WRAPPERS
 
-    def original(self: Any, kv_cache_config: Any) -> None:
-        raise AssertionError("the cache was allocated unmanaged")
+    def original(*arguments: Any) -> None:
+        raise AssertionError("it went on unmanaged")
 
-    with pytest.raises(EngineRefused) as caught:
-        WRAPPERS["initialize_from_config"](original)(SimpleNamespace(), SimpleNamespace())
-    assert str(caught.value) == (
-        "elastickv is on in this worker and off in its engine; give both the same environment, "
-        "or unset ELASTICKV to serve without it"
-    )
+    worker = SimpleNamespace(vllm_config=SimpleNamespace())
+    for name, arguments in (("load_model", ()), ("initialize_from_config", (SimpleNamespace(),))):
+        with pytest.raises(EngineRefused) as caught:
+            WRAPPERS[name](original)(worker, *arguments)
+        assert str(caught.value) == (
+            "elastickv is on in this worker and off in its engine; give both the same environment, "
+            "or unset ELASTICKV to serve without it"
+        )
+
+
+class Requests:
+    """vLLM's scheduler as far as preemption goes: each request holds so many blocks of the pool."""
+
+    def __init__(self, pool: Any, held: list[int], policy: str = "fcfs", deferred: bool = False) -> None:
+        from vllm.v1.core.sched.request_queue import SchedulingPolicy
+
+        self.pool, self.policy, self.deferred = pool, SchedulingPolicy(policy), deferred
+        self.running = [
+            SimpleNamespace(request_id=str(i), priority=i % 2, arrival_time=-i, blocks=pool.get_new_blocks(count))
+            for i, count in enumerate(held)
+        ]
+        self.prev_step_scheduled_req_ids = {request.request_id for request in self.running}
+        self.preempted: list[str] = []
+
+    def _request_blocks_can_be_freed(self, request: Any) -> bool:
+        return not self.deferred
+
+    def _preempt_request(self, request: Any, timestamp: float, drop_stale_output: bool) -> None:
+        assert request not in self.running
+        assert not drop_stale_output
+        self.preempted.append(request.request_id)
+        if not self.deferred:
+            self.pool.free_blocks(request.blocks)
+
+
+def lowered(cache: tuple[Cache, RankMemory], blocks: int, *, now: bool) -> Any:
+    """The cache's pool with 12 blocks available, under a limit of so many and the null block's."""
+    made, pool = scheduler(cache[0].pool)
+    assert made.kv_cache_manager.allocate_slots(request(12)) is not None
+    pool.free_blocks([block for block in pool.blocks if block.ref_cnt == 1 and not block.is_null])
+    ledger = Ledger.open(str(cache[0].settings.directory), "host")
+    ledger.order_limit("one", (blocks + 1) * BLOCK, now)
+    return pool
+
+
+def test_a_limit_that_is_to_hold_now_preempts_who_came_last(cache: tuple[Cache, RankMemory]) -> None:
+    from elastickv.engines.vllm.preempt import enforce
+
+    pool = lowered(cache, 7, now=True)
+    requests = Requests(pool, [3, 3, 3, 3])
+    assert enforce(requests, pool) == 2
+    assert requests.preempted == ["3", "2"]
+    assert [request.request_id for request in requests.running] == ["0", "1"]
+    assert requests.prev_step_scheduled_req_ids == {"0", "1"}
+    assert enforce(requests, pool) == 0
+
+
+def test_the_lowest_priority_goes_first(cache: tuple[Cache, RankMemory]) -> None:
+    """vLLM's number: the larger, the less urgent; then who arrived last."""
+    from elastickv.engines.vllm.preempt import enforce
+
+    pool = lowered(cache, 7, now=True)
+    requests = Requests(pool, [3, 3, 3, 3], policy="priority")
+    assert enforce(requests, pool) == 2
+    assert requests.preempted == ["1", "3"]
+
+
+def test_a_plain_limit_preempts_nobody(cache: tuple[Cache, RankMemory]) -> None:
+    from elastickv.engines.vllm.preempt import enforce
+
+    pool = lowered(cache, 1, now=False)
+    assert enforce(Requests(pool, [3, 3]), pool) == 0
+
+
+def test_blocks_that_are_still_written_to_come_back_a_step_later(cache: tuple[Cache, RankMemory]) -> None:
+    """Their request is preempted, and no further one until it shows what that gave."""
+    from elastickv.engines.vllm.preempt import enforce
+
+    pool = lowered(cache, 1, now=True)
+    requests = Requests(pool, [3, 3, 3], deferred=True)
+    assert enforce(requests, pool) == 1
+    assert requests.preempted == ["2"]
 
 
 def test_sleep_beside_a_neighbour_that_grows() -> None:

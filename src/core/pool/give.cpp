@@ -142,6 +142,19 @@ std::vector<std::uint32_t> Pool::maintain(bool idle) {
     return evicted;
 }
 
+std::vector<std::uint32_t> Pool::give_all() {
+    std::vector<std::uint32_t> evicted;
+    const std::scoped_lock lock(mutex_);
+    poll_locked();
+    const std::uint64_t ticket = table_->header().ticket.load(std::memory_order_relaxed) + 1;
+    std::uint64_t given = evict_extents(num_pages_, 0, ticket, evicted);
+    counters_.evicted_idle += evicted.size();
+    given += give_free(num_pages_, 0, ticket);
+    ordered(given, ticket, monotonic_ns());
+    publish();
+    return evicted;
+}
+
 bool Pool::attention() noexcept {
     if (origin_.elsewhere()) return false;
     return (above_limit_.load(std::memory_order_relaxed) || leases_.pressed()) &&

@@ -75,6 +75,9 @@ class Pool {
     // Does what is asked: acknowledges limits, gives back, evicts (the returned blocks are free: forget their
     // contents at once), releases when idle. A ticket that grew must reach the ranks.
     std::vector<std::uint32_t> maintain(bool idle);
+    // Evicts every cached block and orders every page unmapped that holds none in use, the floor's too: for an engine
+    // that goes to sleep. As with maintain(), the returned blocks must be forgotten and the ticket sent.
+    std::vector<std::uint32_t> give_all();
     bool attention() noexcept;
     // How many used blocks must at least be given up, by preempting requests, for the tenant to come under a limit that
     // was ordered to hold now; 0: none, for what is free and cached covers it or no such limit is open. Ask again after

@@ -77,14 +77,18 @@ class Tenancy:
         """The device's ledger as it stands."""
         return read_device(self._ledgers[device])
 
-    def place(self, ranks: Sequence[str]) -> list[dict[str, Any]]:
-        """What each rank's process needs to belong to the tenant (attach_member), as plain data."""
+    def place(self, ranks: Sequence[str], *, publishes: bool) -> list[dict[str, Any]]:
+        """What each rank's process needs to belong to the tenant (attach_member), as plain data.
+
+        `publishes`: the rank is to say what it has of the static lease.
+        """
         return [
             {
                 "directory": str(self.settings.directory),
                 "device": device,
                 "slot": self.tenants[device].slot,
                 "incarnation": self.tenants[device].incarnation,
+                "publishes": publishes,
             }
             for device in ranks
         ]

@@ -8,7 +8,7 @@ from typing import Any
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from elastickv.config import Settings
-from elastickv.engines.vllm import blocksize, idle, scheduler, watch
+from elastickv.engines.vllm import blocksize, idle, scheduler, sleep, watch
 from elastickv.engines.vllm.session import Session, close, find, leave
 
 __all__ = ["CORE", "ENGINE", "EXECUTOR", "SCHEDULER_CONFIG", "executor_init"]
@@ -57,6 +57,30 @@ def _compile_or_warm_up_model(original: Method) -> Method:
     def wrapped(self: Any) -> Any:
         result = original(self)
         find(self.vllm_config).warmed_up(self)
+        return result
+
+    return wrapped
+
+
+def _sleep(original: Method) -> Method:
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before = set(self.sleeping_tags)
+        result = original(self, *args, **kwargs)
+        if self.sleeping_tags != before:
+            sleep.fell_asleep(find(self.vllm_config), self.sleeping_tags)
+        return result
+
+    return wrapped
+
+
+def _wake_up(original: Method) -> Method:
+    def wrapped(self: Any, tags: list[str] | None = None) -> Any:
+        session = find(self.vllm_config)
+        sleep.before_wake(session, tags, self.sleeping_tags)
+        before = set(self.sleeping_tags)
+        result = original(self, tags)
+        if self.sleeping_tags != before:
+            sleep.woke(session, self.sleeping_tags)
         return result
 
     return wrapped
@@ -131,6 +155,9 @@ EXECUTOR = {
     "determine_available_memory": _determine_available_memory,
     "initialize_from_config": _initialize_from_config,
     "compile_or_warm_up_model": _compile_or_warm_up_model,
+    "sleep": _sleep,
+    "discard": _sleep,
+    "wake_up": _wake_up,
 }
 ENGINE = {
     "_initialize_kv_caches": _initialize_kv_caches,

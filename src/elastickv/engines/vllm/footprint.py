@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import os
+import threading
 from typing import Any, Final
 
 import torch
+from vllm.logger import init_logger
 
+from elastickv import _core
+from elastickv.errors import ElasticKVError
 from elastickv.memory import gpu
 
-__all__ = ["begin", "device_of", "measure"]
+__all__ = ["Publisher", "begin", "device_of", "measure"]
+
+_logger = init_logger("vllm.elastickv")
+
+_EVERY_S: Final = 0.25
 
 _CONTEXT: Final = 640 * 1024 * 1024
 """Of a process outside of PyTorch's allocator, where NVML does not say: CUDA's context, kernels, NCCL, workspaces."""
@@ -34,6 +42,10 @@ def measure(worker: Any) -> dict[str, Any]:
     if worker.device.type == "cpu":
         model = _model_bytes(worker.model_runner.get_model())
         return {"used": model, "peak": model, "asleep": {}}
+    return _on_gpu(worker)
+
+
+def _on_gpu(worker: Any) -> dict[str, Any]:
     asleep = _asleep()
     reserved = torch.cuda.memory_reserved(worker.device) - sum(asleep.values())
     outside = _outside(worker, reserved)
@@ -78,3 +90,46 @@ def _asleep() -> dict[str, int]:
         if data.is_asleep:
             sizes[data.tag] = sizes.get(data.tag, 0) + int(data.handle[1])
     return sizes
+
+
+class Publisher:
+    """Says on the ledger what this rank has of the static lease, so that it is not taken for somebody else's.
+
+    On a GPU a thread says it again and again while the engine loads and captures its graphs; afterwards it changes
+    only when the engine sleeps or wakes.
+    """
+
+    def __init__(self, worker: Any, member: _core.Tenant, wanted: bool) -> None:
+        self._worker = worker
+        self._member = member
+        self._wanted = wanted
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begins to publish from a thread, on a GPU."""
+        if self._wanted and self._worker.device.type == "cuda":
+            self._thread = threading.Thread(target=self._run, name="elastickv-footprint", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stopping.wait(_EVERY_S):
+            try:
+                self._member.publish_static_used(_on_gpu(self._worker)["used"])
+            except ElasticKVError as error:  # what is not published counts as unmanaged: the safe side
+                _logger.warning("elastickv cannot say what this rank has on its GPU: %s", error)
+                return
+
+    def stop(self) -> None:
+        """Ends the thread."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._stopping.set()
+            thread.join(5.0)
+
+    def publish(self) -> dict[str, Any]:
+        """Measures, publishes, and returns what was measured."""
+        found = measure(self._worker)
+        if self._wanted:
+            self._member.publish_static_used(found["used"])
+        return found

@@ -27,6 +27,7 @@ class Seam(NamedTuple):
 
 _CORE: Final = "vllm.v1.engine.core"
 _EXECUTOR: Final = "vllm.v1.executor.abstract"
+_SCHEDULER: Final = "vllm.v1.core.sched.scheduler"
 _WORKER: Final = "vllm.v1.worker.gpu_worker"
 _POOL: Final = "vllm.v1.core.block_pool"
 _MANAGER: Final = "vllm.v1.core.single_type_kv_cache_manager"
@@ -44,6 +45,9 @@ SEAMS: Final = (
     Seam(_EXECUTOR, "Executor.determine_available_memory", ("self",)),
     Seam(_EXECUTOR, "Executor.initialize_from_config", ("self", "kv_cache_configs")),
     Seam(_EXECUTOR, "Executor.compile_or_warm_up_model", ("self",)),
+    Seam(_EXECUTOR, "Executor.sleep", ("self", "level")),
+    Seam(_EXECUTOR, "Executor.wake_up", ("self", "tags")),
+    Seam(_EXECUTOR, "Executor.discard", ("self", "tags")),
     Seam("vllm.config.scheduler", "SchedulerConfig.get_scheduler_cls", ("self",)),
     Seam(_WORKER, "Worker._maybe_get_memory_pool_context", ("self", "tag")),
     Seam(_WORKER, "Worker.load_model", ("self",)),
@@ -57,7 +61,9 @@ SEAMS: Final = (
     Seam(_CORE, "EngineCoreProc._notify_idle_state_callbacks", ("self",)),
     Seam(_CORE, "EngineCoreProc._process_input_queue", ("self",)),
     Seam("vllm.v1.worker.utils", "allocate_kv_cache", ("kv_cache_config", "device", "layout")),
-    Seam("vllm.v1.core.sched.scheduler", "Scheduler.schedule", ("self", "throttle_prefills")),
+    Seam(_SCHEDULER, "Scheduler.schedule", ("self", "throttle_prefills")),
+    Seam(_SCHEDULER, "Scheduler._preempt_request", ("self", "request", "timestamp", "drop_stale_output")),
+    Seam(_SCHEDULER, "Scheduler._request_blocks_can_be_freed", ("self", "request")),
     Seam("vllm.v1.core.kv_cache_manager", "KVCacheManager.allocate_slots", ("self", "request", "num_new_tokens")),
     Seam(
         "vllm.v1.core.kv_cache_coordinator",

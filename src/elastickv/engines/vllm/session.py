@@ -10,15 +10,15 @@ from typing import Any, Final, TypeVar
 from vllm.logger import init_logger
 
 from elastickv.config import Settings
-from elastickv.engines.vllm import budget, gate, geometry, ranks, scheduler, weights, window
+from elastickv.engines.vllm import budget, gate, geometry, preempt, ranks, scheduler, weights, window
 from elastickv.engines.vllm.blockpool import ElasticBlockPool
 from elastickv.engines.vllm.idle import EngineSteward
-from elastickv.engines.vllm.static import StaticLease
+from elastickv.engines.vllm.static import Footprint, StaticLease
 from elastickv.errors import DeadlineExceeded, EngineRefused, Unavailable
 from elastickv.memory import Cache, RankGeometry, Tenancy, device_page
 from elastickv.planning.static import static_bytes
 
-__all__ = ["Session", "any_here", "close", "find", "leave"]
+__all__ = ["Session", "any_here", "close", "find", "leave", "newest_here"]
 
 _logger = init_logger("vllm.elastickv")
 
@@ -32,7 +32,13 @@ _sessions: list[Session] = []
 
 def any_here() -> bool:
     """Whether an engine schedules in this process (one that was inherited by a fork does not)."""
-    return any(session.pid == os.getpid() for session in _sessions)
+    return newest_here() is not None
+
+
+def newest_here() -> Session | None:
+    """The session of the engine that is being made in this process, or None in a worker's own."""
+    here = [session for session in _sessions if session.pid == os.getpid()]
+    return here[-1] if here else None
 
 
 def find(config: Any) -> Session:
@@ -77,7 +83,9 @@ class Session:
         self.executor: Any = None
         self.ranks: list[str] = []
         self.tenancy: Tenancy | None = None
-        self.static: StaticLease | None = None
+        self._static: StaticLease | None = None
+        self.members: list[Any] = []
+        """Of workers in this process; they leave the ledger with the session."""
         self.devices: list[budget.Device] = []
         self.shapes: list[RankGeometry] = []
         self.cache: Cache | None = None
@@ -96,17 +104,17 @@ class Session:
         self.ranks = ranks.expected(self.config, self.settings)
         self.tenancy = Tenancy.join(self.settings, self.ranks, engine=f"vllm {self.version}")
         self.tenancy.watch_limits()
-        self.config.elastickv_place = self.tenancy.place(self.ranks)
-        self.static = StaticLease(self.tenancy, self.ranks, self._while_waiting)
-        if self.static.counted:
+        self._static = static = StaticLease(self.tenancy, self.ranks, self._while_waiting)
+        self.config.elastickv_place = self.tenancy.place(self.ranks, publishes=static.counted)
+        if static.counted:
             on_gpu = "host" not in self.ranks
-            needs = weights.of_ranks(self.config) if self.static.fixed is None else [0] * len(self.ranks)
-            self.static.reserve([static_bytes(size, on_gpu=on_gpu) for size in needs])
+            needs = weights.of_ranks(self.config) if static.fixed is None else [0] * len(self.ranks)
+            static.reserve([static_bytes(size, on_gpu=on_gpu) for size in needs])
 
     def look_at_ranks(self, executor: Any) -> None:
         """Learns each rank's device and backends, and what it has taken; called once the models are loaded."""
         self.executor = executor
-        tenancy, static = self._need(self.tenancy), self._need(self.static)
+        tenancy, static = self._need(self.tenancy), self.static_lease
         reports = executor.collective_rpc("elastickv_look", timeout=RPC_S)
         ranks.check(self.ranks, [report["device"] for report in reports])
         for report in reports:
@@ -118,8 +126,24 @@ class Session:
 
     def warmed_up(self, executor: Any) -> None:
         """Corrects what is leased besides the cache once graphs are captured."""
-        static = self._need(self.static)
-        static.true_up(executor.collective_rpc("elastickv_footprint", timeout=RPC_S), more_to_come=False)
+        self.executor = executor
+        self.static_lease.true_up(self.footprints(), more_to_come=False)
+
+    @property
+    def static_lease(self) -> StaticLease:
+        """What is leased besides the cache."""
+        return self._need(self._static)
+
+    def footprints(self) -> list[Footprint]:
+        """What each rank has besides its cache now; the ranks publish it on the ledger too."""
+        reports: list[Footprint] = self.executor.collective_rpc("elastickv_footprint", timeout=RPC_S)
+        return reports
+
+    def describe(self, state: str) -> None:
+        """Puts the engine, its version and its state on the ledger, for people."""
+        text = f"vllm {self.version}" + (f", {state}" if state else "")
+        for tenant in self._need(self.tenancy).tenants.values():
+            tenant.describe(engine=text)
 
     def _device(self, tenancy: Tenancy, name: str) -> budget.Device:
         capacity = tenancy.view(name).capacity
@@ -129,7 +153,10 @@ class Session:
 
     def _while_waiting(self) -> None:
         """What must go on while the engine's thread waits for its neighbours."""
-        self._need(self.tenancy).acknowledge_limits()
+        if self.pool is None:
+            self._need(self.tenancy).acknowledge_limits()
+        else:
+            self.maintain_idle()
 
     def plan(self, planner: budget.Planner, specs: list[dict[str, Any]]) -> list[Any]:
         """The configuration of each rank's cache, sized by the tenant's budget."""
@@ -173,7 +200,7 @@ class Session:
         except BaseException:  # the engine will not be; its place on the ledger must not stay
             self.close()
             raise
-        _logger.info("%s, %s", cache.describe(), self._need(self.static).describe())
+        _logger.info("%s, %s", cache.describe(), self.static_lease.describe())
         self._need(self.tenancy).stop_watching()
         self._steward = EngineSteward(self, self.pool.native)
         self._steward.start()
@@ -221,6 +248,7 @@ class Session:
         pool = self.pool
         if pool is not None and pool.native.attention():
             pool.forget(pool.native.maintain(False))
+            preempt.enforce(self.scheduler, pool)
 
     def after_step(self, output: Any) -> None:
         """Puts the newest order on the step, and slows a starved engine down."""
@@ -242,6 +270,7 @@ class Session:
         if pool is not None and self.cache is not None:
             evicted = pool.native.maintain(True)
             pool.forget(evicted)
+            preempt.enforce(self.scheduler, pool)  # a paused engine keeps requests that do not run
             self.flush()
             if evicted:
                 scheduler.publish_events(self.scheduler)
@@ -281,6 +310,9 @@ class Session:
                 cache.close()
             except DeadlineExceeded as error:
                 _logger.warning("elastickv: %s", error)
+        for member in self.members:
+            member.close()
+        self.members.clear()
         if self.tenancy is not None:
             tenancy, self.tenancy = self.tenancy, None
             tenancy.close()

@@ -1,17 +1,83 @@
-"""Sleep: the cache's memory is not vLLM's to save or restore. vLLM empties it first; the idle clock does the rest."""
+"""Sleep: all pages of the cache and what vLLM frees go back at once; waking takes its lease before it takes memory.
+
+vLLM saves, discards and restores what is its own. The cache is not: vLLM forgets its contents before it sleeps, and it
+fills again when it is used.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 from vllm.logger import init_logger
 
-__all__ = ["worker_sleep"]
+from elastickv.errors import DeadlineExceeded, LimitExceeded, Unavailable
+from elastickv.units import format_size
+
+if TYPE_CHECKING:
+    from elastickv.engines.vllm.session import Session
+
+__all__ = ["before_wake", "fell_asleep", "woke", "worker_sleep"]
 
 _logger = init_logger("vllm.elastickv")
 
-_GREW = "Memory usage increased after sleeping."
+_GREW: Final = "Memory usage increased after sleeping."
+_WEIGHTS: Final = "weights"
+_UNMAP_S: Final = 60.0
+
+
+def fell_asleep(session: Session, tags: Collection[str]) -> None:
+    """The engine's memory of these tags is gone: gives back the cache's pages and what is not held any more."""
+    kept = _give_pages(session)
+    session.static_lease.shrink(session.footprints())
+    session.describe(f"asleep: {', '.join(sorted(tags))}")
+    _logger.info(
+        "elastickv: asleep (%s), holding %s and %s of the cache",
+        ", ".join(sorted(tags)),
+        session.static_lease.describe(),
+        format_size(kept),
+    )
+
+
+def _give_pages(session: Session) -> int:
+    """Unmaps everything but the null block's page and waits until it is; returns the bytes that are leased then."""
+    pool, tenancy = session.pool, session.tenancy
+    if pool is None or tenancy is None:
+        return 0
+    pool.forget(pool.native.give_all())
+    session.flush()
+    until = time.monotonic() + _UNMAP_S
+    while (stats := pool.native.stats())["transit"]:
+        if time.monotonic() >= until:
+            raise DeadlineExceeded(
+                f"waited {_UNMAP_S:.0f} s for the ranks to unmap {format_size(stats['transit'])} of the cache of an "
+                "engine that went to sleep; is a step stuck on the device?"
+            )
+        time.sleep(0.001)
+        pool.native.poll()
+    return sum(tenant.leased for tenant in tenancy.tenants.values())
+
+
+def before_wake(session: Session, tags: Sequence[str] | None, asleep: Collection[str]) -> None:
+    """Leases what waking needs, waiting its turn. Unavailable, and the engine sleeps on, if it cannot be had.
+
+    `tags`: what is to be woken, None or nothing: all of it; `asleep`: what sleeps now.
+    """
+    if not asleep or any(tag not in asleep for tag in tags or ()):
+        return  # vLLM does nothing either
+    weights = _WEIGHTS in asleep and (not tags or _WEIGHTS in tags)
+    try:
+        session.static_lease.grow_to_wake(session.footprints(), weights=weights)
+    except (Unavailable, LimitExceeded) as error:
+        text = f"elastickv: the engine stays asleep: {error.message}; wake it again later"
+        raise type(error)(text, **error.attributes) from None
+
+
+def woke(session: Session, asleep: Collection[str]) -> None:
+    """After vLLM has woken what it was asked to; `asleep`: what still sleeps."""
+    session.describe(f"asleep: {', '.join(sorted(asleep))}" if asleep else "")
+    session.footprints()
 
 
 def worker_sleep(original: Callable[..., Any]) -> Callable[..., Any]:

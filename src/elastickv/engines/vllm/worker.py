@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -21,6 +21,11 @@ __all__ = ["METHODS", "WRAPPERS"]
 
 Method = Callable[..., Any]
 
+_OFF_IN_ENGINE: Final = (
+    "elastickv is on in this worker and off in its engine; give both the same environment, "
+    "or unset ELASTICKV to serve without it"
+)
+
 
 def _look(worker: Any) -> dict[str, Any]:
     """The rank's device, what it has taken of it, and its attention backends."""
@@ -32,6 +37,14 @@ def _look(worker: Any) -> dict[str, Any]:
         "backends": backends,
         "footprint": footprint.measure(worker),
     }
+
+
+def _footprint(worker: Any) -> dict[str, Any]:
+    """What the rank has besides its cache. From the first time on it is published when it is asked for only."""
+    publisher = worker.elastickv_publisher
+    publisher.stop()
+    found: dict[str, Any] = publisher.publish()
+    return found
 
 
 def _report(worker: Any) -> dict[str, Any]:
@@ -53,7 +66,7 @@ def _fence(worker: Any, ticket: int) -> None:
 METHODS = {
     "elastickv_begin": footprint.begin,
     "elastickv_look": _look,
-    "elastickv_footprint": footprint.measure,
+    "elastickv_footprint": _footprint,
     "elastickv_report": _report,
     "elastickv_fence": _fence,
 }
@@ -64,11 +77,17 @@ def _load_model(original: Method) -> Method:
     """Belongs to the tenant before anything is loaded: its static bytes then stay leased until this process ends."""
 
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not session.any_here():  # then this is a process of its own, and an orphan once the engine's has gone
+        here = session.newest_here()
+        if here is None:  # a process of its own, and an orphan once the engine's has gone
             watch.end_with_parent()
-            place = getattr(self.vllm_config, "elastickv_place", None)
-            if place is not None:
-                self.elastickv_member = attach_member(place[self.rank])
+        place = getattr(self.vllm_config, "elastickv_place", None)
+        if place is None:
+            raise EngineRefused(_OFF_IN_ENGINE)
+        member = attach_member(place[self.rank])
+        if here is not None:
+            here.members.append(member)
+        self.elastickv_publisher = footprint.Publisher(self, member, place[self.rank]["publishes"])
+        self.elastickv_publisher.start()
         return original(self, *args, **kwargs)
 
     return wrapped
@@ -80,10 +99,7 @@ def _initialize_from_config(original: Method) -> Method:
     def wrapped(self: Any, kv_cache_config: Any, *args: Any, **kwargs: Any) -> Any:
         spec = getattr(kv_cache_config, "elastickv", None)
         if spec is None:
-            raise EngineRefused(
-                "elastickv is on in this worker and off in its engine; give both the same environment, "
-                "or unset ELASTICKV to serve without it"
-            )
+            raise EngineRefused(_OFF_IN_ENGINE)
         self.elastickv = Backing(spec)
         result = original(self, kv_cache_config, *args, **kwargs)
         self.elastickv.check_allocated(kv_cache_config.kv_cache_tensors[0].size)
