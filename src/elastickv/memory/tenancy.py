@@ -102,11 +102,17 @@ class Tenancy:
     # --- limits, while there is no pool yet to answer them
 
     def acknowledge_limits(self) -> None:
-        """A limit counts for new leases from the moment it stands on the ledger; this says so."""
-        for tenant in self.tenants.values():
-            wanted = tenant.limit_wanted
-            if wanted[1] != tenant.limit_held[1]:
-                tenant.acknowledge_limit(*wanted)
+        """A limit counts for new leases from the moment it stands on the ledger; this says so.
+
+        One that is to hold now is acknowledged once it does.
+        """
+        for device, tenant in self.tenants.items():
+            limit, revision = tenant.limit_wanted
+            if revision == tenant.limit_held[1]:
+                continue
+            row = self.view(device).tenant(self.settings.tenant_name)
+            if not row.limit_now or limit is None or row.held <= limit:
+                tenant.acknowledge_limit(limit, revision)
 
     def watch_limits(self) -> None:
         """Has a thread acknowledge what is ordered from now on, until stop_watching()."""
