@@ -98,12 +98,12 @@ class Raw:
         self.socket.close()
 
 
-def served_in(client: Client, calls: int = 15) -> float:
+def served_in(client: Client, calls: int = 15, device: str | None = None) -> float:
     """Seconds that the median of some calls takes."""
     times = []
     for _ in range(calls):
         begin = time.perf_counter()
-        client.list()
+        client.list(device)
         times.append(time.perf_counter() - begin)
     return statistics.median(times)
 

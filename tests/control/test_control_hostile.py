@@ -178,8 +178,8 @@ def test_more_watches_than_there_may_be(served: Serving, client: Client) -> None
 def test_a_client_that_reads_nothing_is_dropped(served: Serving, client: Client) -> None:
     with attacker(ASK, served.directory) as said:
         assert served_in(client) <= SERVED_S
-        assert said.readline() == "dropped\n"
         assert becomes(lambda: served.connections == 1)
+        assert said.readline() == "dropped\n"
 
 
 def test_a_watcher_that_leaves_in_the_middle(served: Serving, client: Client) -> None:

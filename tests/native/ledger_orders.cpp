@@ -3,6 +3,7 @@
 #include <numeric>
 #include <thread>
 
+#include "base/faultpoint.hpp"
 #include "ledger_support.hpp"
 
 using namespace ledgertest;
@@ -102,6 +103,50 @@ TEST("ledger orders: a limit that holds now is told from one that does not, dead
     CHECK_EQ(again->limit_held().bytes, 4 * MiB);
     CHECK(!again->pressed());
     CHECK(!again->ask().now);  // it holds nothing above
+}
+
+TEST("ledger orders: a limit that is to hold now is not acknowledged by one who holds more") {
+    Directory directory;
+    auto ledger = open(directory, 64 * MiB);
+    auto a = join(ledger, "a");
+    CHECK_OK(a->lease(12 * MiB, false));
+    CHECK_OK(a->lease_static(4 * MiB, false));
+    auto revision = ledger->order_limit("a", 8 * MiB, true);
+    CHECK_OK(revision);
+    a->give(7 * MiB);
+    a->acknowledge_limit(a->limit_wanted());
+    CHECK(ledger->wait_limit("a", *revision, 0).code() == Code::timeout);
+    a->give(MiB);
+    a->acknowledge_limit(a->limit_wanted());
+    CHECK_OK(ledger->wait_limit("a", *revision, 0));
+}
+
+TEST("ledger orders: a name that was made up goes with its tenant, and its limit with it") {
+    Directory directory;
+    auto ledger = open(directory, 64 * MiB);
+    TenantOptions options = named("engine-1");
+    options.lasting = false;
+    auto names = [&] { return ledger->view().value().tenants.size(); };
+    auto a = join(ledger, options);
+    CHECK_OK(ledger->order_limit("engine-1", 8 * MiB));
+    CHECK_EQ(names(), 1U);
+    a.reset();
+    CHECK_EQ(names(), 0U);
+    for (const char *where : {"ledger.join.named", "ledger.join.written", "ledger.bury.cleared"}) {
+        Child child([&] {
+            auto other = open(directory, 64 * MiB);
+            CHECK(fault::set(where, fault::Action::kill, 0) == fault::Setting::done);
+            join(other, options).reset();
+        });
+        CHECK_EQ(child.wait(), 1000 + SIGKILL);
+        CHECK_EQ(names(), 0U);
+    }
+    a = join(ledger, options);
+    CHECK_EQ(a->limit_wanted().bytes, kNoLimit);
+    a.reset();
+    a = join(ledger, "engine-1");  // and one that is given stays
+    a.reset();
+    CHECK_EQ(names(), 1U);
 }
 
 TEST("ledger orders: samples of all threads and processes are counted, by bucket, for one life") {

@@ -291,8 +291,10 @@ void TableTenant::acknowledge_limit(const Limit &limit) noexcept {
     {
         Result<TableGuard> guard = table_.lock("acknowledging a limit");
         if (!guard.ok()) return;  // stays open: pressed() goes on saying so
-        const std::uint64_t wanted = limit_wanted().revision;
-        if (limit.revision <= limit_held().revision || limit.revision > wanted) return;
+        const Limit wanted = limit_wanted();
+        if (limit.revision <= limit_held().revision || limit.revision > wanted.revision) return;
+        // Whoever says so: a limit that is to hold now is not kept by one who holds more.
+        if (limit.revision == wanted.revision && wanted.now && leased() + static_bytes() > wanted.bytes) return;
         row().limit_held.store(limit);
         (void)fault::point("ledger.limit.held");
     }

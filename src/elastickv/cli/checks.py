@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Final
 
 from elastickv import _core
-from elastickv.cli.ledgers import device_names
 from elastickv.config import Settings
 from elastickv.engines import NAMES, adapter
 from elastickv.errors import ElasticKVError
 from elastickv.ledger import open_ledger, read_device
+from elastickv.ledgers import device_names
 from elastickv.units import format_size
 
 __all__ = ["Finding", "directory", "driver", "engine_checks", "everything", "ledgers"]

@@ -13,12 +13,12 @@ import typer
 from rich.console import Console
 
 from elastickv.cli import options as opt
-from elastickv.cli.ledgers import device_names
 from elastickv.cli.plan_text import as_dict, render
 from elastickv.config import Settings
 from elastickv.engines import adapter
 from elastickv.errors import InvalidArgument
 from elastickv.ledger import open_ledger
+from elastickv.ledgers import device_names
 from elastickv.memory import device_page, gpu
 from elastickv.planning import (
     Model,

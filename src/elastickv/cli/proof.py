@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Final
 
 from elastickv.cli.checks import Finding
-from elastickv.cli.ledgers import open_chosen_ledger
 from elastickv.config import Settings
 from elastickv.ledger import TenantView, read_device
+from elastickv.ledgers import open_chosen_ledger
 from elastickv.units import format_size
 
 __all__ = ["KernelBytes", "kernel_bytes", "process_tree", "prove"]

@@ -11,9 +11,9 @@ from rich.text import Text
 
 from elastickv.cli import options as opt
 from elastickv.cli.bars import limit_of, short, state_of
-from elastickv.cli.ledgers import device_names, no_ledger_text, open_chosen_ledger
 from elastickv.config import Settings
 from elastickv.ledger import DeviceView, open_ledger, read_device
+from elastickv.ledgers import device_names, no_ledger_text, open_chosen_ledger
 from elastickv.units import format_size
 
 __all__ = ["status"]

@@ -26,10 +26,10 @@ from rich.text import Text
 from elastickv import _core
 from elastickv.cli import options as opt
 from elastickv.cli.bars import LEGEND, bar, device_parts, limit_of, number_line, parts_of, short, state_of
-from elastickv.cli.ledgers import open_chosen_ledger
 from elastickv.config import Settings
 from elastickv.errors import ElasticKVError, InvalidArgument
 from elastickv.ledger import DeviceView, TenantView, read_device
+from elastickv.ledgers import open_chosen_ledger
 from elastickv.units import parse_seconds
 
 __all__ = ["Poller", "Sample", "frame", "plain_lines", "top"]

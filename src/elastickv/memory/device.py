@@ -190,12 +190,16 @@ class BlockCache:
         self._memory.set_reclaimer(give_up)
 
     def _maintain(self) -> None:
+        self._give_back()
+        if self._on_preempt is not None and (blocks := self._cache.pool.preempt_blocks()):
+            self._on_preempt(blocks)
+            self._give_back()  # what was freed for the order goes at once
+
+    def _give_back(self) -> None:
         evicted = self._cache.pool.maintain(True)
         if evicted and self._on_evict is not None:
             self._on_evict(evicted)
         self._deliver()
-        if self._on_preempt is not None and (blocks := self._cache.pool.preempt_blocks()):
-            self._on_preempt(blocks)
 
     def _deliver(self) -> None:
         # Nothing else runs on this memory: whatever its users did with freed blocks was done before they freed them.
