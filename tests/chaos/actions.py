@@ -198,6 +198,19 @@ def read(conductor: Conductor, life: Life, choose: random.Random) -> None:
     conductor.ask_operator("do", choose.choice(("view", "forget")), life.name, None)
 
 
+def through_the_socket(conductor: Conductor, life: Life, choose: random.Random) -> None:
+    """A limit or a look by way of the control server, while others attack it."""
+    kind = choose.choice(("socket limit", "socket list", "socket list"))
+    conductor.ask_operator("do", kind, life.name, _limit(conductor, choose))
+
+
+def kill_the_server(conductor: Conductor, life: Life, choose: random.Random) -> None:
+    """SIGKILL to the control server; the next one takes its place."""
+    if conductor.server is not None:
+        conductor.server_doomed = True
+        conductor.server.kill()
+
+
 def fork(conductor: Conductor, life: Life, choose: random.Random) -> None:
     """It forks, and the child goes on as if it were the tenant."""
     if life.forking:
@@ -289,6 +302,8 @@ ACTIONS: list[tuple[Action, int]] = [
     (limit, 10),
     (trim, 4),
     (read, 2),
+    (through_the_socket, 6),
+    (kill_the_server, 1),
     (fork, 3),
     (no_more_files, 2),
     (around, 2),

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from elastickv.ledger import DeviceView
 
 MIB = 1024 * 1024
-KNOWN_FILES = re.compile(r"\.lock|host\.(ledger|alive)|\.host\.ledger\.new\.\d+|control\S*|\.control\S*")
+KNOWN_FILES = re.compile(r"\.lock|host\.(ledger|alive)|\.host\.ledger\.new\.\d+|control\.(sock|lock)")
 RECOVERY_S = 1.0
 GROWTH_BYTES = 4 * MIB
 SETTLED_PART = 0.2

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 from typing import Any
 
-from chaos import actions, checks, kernel, monitor, operator, rogue, tenant
+from chaos import actions, checks, kernel, monitor, operator, rogue, sockets, tenant
 from chaos.choices import Options, tenant_spec
 from chaos.life import Life, start
 from chaos.monitor import Seen
@@ -54,6 +54,8 @@ class Conductor:
         self.operator, self.phone = start(operator.main, str(options.directory))
         self.operator_doomed = False
         self.seen: Seen | None = None
+        self.server: Any = None
+        self.server_doomed = False
         self.others: list[Any] = []
 
     # running
@@ -62,6 +64,9 @@ class Conductor:
         """Until the time or the kills are reached; ends with a quiet point and everybody's departure."""
         for name in self.names:
             self.spawn(name)
+        if self.options.control:
+            self._start_server()
+            self.others.append(start(sockets.intrude, str(self.options.directory), self.options.seed))
         if self.options.rogue:
             self.others.append(start(rogue.main, str(self.options.directory), self.options.capacity))
             self.eye.send(("born", "rogue", self.others[-1][0].pid))
@@ -98,7 +103,7 @@ class Conductor:
         for life in self.lives.values():
             self.report.violation(f"{life.name} did not end within {START_S:.0f} s")
             life.kill("end")
-        for process, _ in self.others:
+        for process in [process for process, _ in self.others] + ([self.server] if self.server else []):
             process.kill()
         self.eye.send(("end",))
         while self.seen is None and self.eye.poll(10):
@@ -194,7 +199,7 @@ class Conductor:
         self.report.counts["none now"] += beat["misses"] - life.misses
         life.ops, life.misses, life.used = beat["ops"], beat["misses"], beat["used"]
         self.report.most("operation_s", beat["longest"])
-        if life.spec.steady and self.report.seconds - self.sampled >= 0:
+        if life.spec.steady:
             kept = self.samples.setdefault(f"{life.name} life {life.spec.life}", [])
             if not kept or self.report.seconds - kept[-1][0] >= SAMPLE_S:
                 kept.append((self.report.seconds, {what: beat[what] for what in ("fds", "threads", "tasks", "anon")}))
@@ -235,6 +240,7 @@ class Conductor:
                 kernel.send(life.pid, signal.SIGUSR1)  # its stacks go to stderr
                 self.report.violation(f"{life.name} life {life.spec.life} has said nothing for {silent:.0f} s")
                 life.kill("hang")
+        self._look_after_server()
         if self.report.seconds - self.sampled >= SAMPLE_S:
             self.sampled = self.report.seconds
             files = len(os.listdir(self.options.directory))  # noqa: PTH208 - a count
@@ -281,6 +287,20 @@ class Conductor:
             self.report.violation(f"the operator ended with {self.operator.exitcode}")
         self.operator_doomed = False
         self.operator, self.phone = start(operator.main, str(self.options.directory))
+
+    def _start_server(self) -> None:
+        self.server, self.server_pipe = start(sockets.serve, str(self.options.directory))
+
+    def _look_after_server(self) -> None:
+        if self.server is None or self.server.is_alive():
+            return
+        if self.server_doomed:
+            self.kills += 1
+            self.report.done("killed server", "")
+        else:
+            self.report.violation(f"the control server ended with {self.server.exitcode}")
+        self.server_doomed = False
+        self._start_server()
 
     def running(self) -> Sequence[Life]:
         """Those who work now."""

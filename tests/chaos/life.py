@@ -14,7 +14,7 @@ from chaos import kernel
 from chaos.choices import TenantSpec
 
 CONTEXT = mp.get_context("forkserver")
-PRELOAD = ["chaos.tenant", "chaos.monitor", "chaos.operator", "chaos.surroundings"]
+PRELOAD = ["chaos.tenant", "chaos.monitor", "chaos.operator", "chaos.surroundings", "chaos.sockets"]
 
 
 def start(target: Callable[..., None], *arguments: object) -> tuple[Any, Connection]:
@@ -25,6 +25,14 @@ def start(target: Callable[..., None], *arguments: object) -> tuple[Any, Connect
     process.start()
     theirs.close()
     return process, ours
+
+
+def last_words(pipe: Connection) -> object:
+    """What a process that has ended had still said; None: nothing."""
+    try:
+        return pipe.recv() if pipe.poll() else None
+    except (EOFError, ConnectionResetError):
+        return None
 
 
 class Life:

@@ -6,6 +6,7 @@ import signal
 import time
 from multiprocessing.connection import Connection
 
+from chaos import sockets
 from elastickv import _core
 from elastickv.errors import ElasticKVError
 from elastickv.ledger import order_limit, read_device
@@ -43,8 +44,11 @@ def main(directory: str, pipe: Connection) -> None:
                 _core.set_fault(*values)
                 continue
             kind, name, size = values
-            began = time.monotonic()
-            outcome = act(directory, kind, name, size)
-            pipe.send(("answer", kind, name, outcome, time.monotonic() - began))
+            if kind.startswith("socket"):
+                outcome, took = sockets.ask(directory, kind, name, size)
+            else:
+                began = time.monotonic()
+                outcome, took = act(directory, kind, name, size), time.monotonic() - began
+            pipe.send(("answer", kind, name, outcome, took))
     except (BrokenPipeError, EOFError):
         return  # the conductor is gone

@@ -20,8 +20,8 @@ inline constexpr std::array kPoints = std::to_array<PointInfo>({
     {"files.create", true, "before a file is created; fails as on a full disk (ENOSPC)"},
     {"files.allocate", true, "a new file is there and has no blocks yet; fails as on a full disk (ENOSPC)"},
     {"files.lock", true, "before the directory's lock is taken; fails as if another held it to the deadline"},
-    {"ledger.create.before_publish", true, "the new table is whole and has no name yet; fails as a denied link"},
-    {"ledger.create.published", false, "the new table has its name, the temporary name is still there"},
+    {"ledger.create.before_publish", true, "the new table is whole and has no name yet; fails as a denied rename"},
+    {"ledger.create.published", false, "the new table has its name"},
     {"ledger.open.mapped", false, "the table is mapped and its header checked"},
     // the ledger's mutex
     {"ledger.lock.wait", true, "before the mutex is taken; fails as if another held it to the deadline"},
@@ -47,6 +47,8 @@ inline constexpr std::array kPoints = std::to_array<PointInfo>({
     {"ledger.give.done", false, "the bytes are off the row, the waiters have not been told"},
     {"ledger.limit.ordered", false, "a new limit stands, its tenant has not been rung"},
     {"ledger.limit.held", false, "a limit is acknowledged, the one who waits for it has not been told"},
+    {"ledger.trim.ordered", false, "a trim is ordered, its tenant has not been rung"},
+    {"ledger.trim.done", false, "a trim is answered, the one who waits for it has not been told"},
     // the page table and the ranks
     {"memory.table.create", true, "before the page table is made; fails as on a full disk (ENOSPC)"},
     {"memory.table.open", true, "before a rank opens the page table; fails as a file that is gone (ENOENT)"},

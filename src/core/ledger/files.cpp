@@ -120,8 +120,10 @@ Result<UniqueFd> PrivateDirectory::create_new(const std::string &name, std::uint
     return fd;
 }
 
-Status PrivateDirectory::link(const std::string &from, const std::string &to) const {
-    if (linkat(fd_.get(), from.c_str(), fd_.get(), to.c_str(), 0) == 0) return {};
+Status PrivateDirectory::publish(const std::string &from, const std::string &to) const {
+    if (renameat2(fd_.get(), from.c_str(), fd_.get(), to.c_str(), RENAME_NOREPLACE) == 0) return {};
+    if ((errno == EINVAL || errno == ENOSYS) && linkat(fd_.get(), from.c_str(), fd_.get(), to.c_str(), 0) == 0)
+        return {};
     if (errno == EEXIST) return {Code::exists, quoted(file_path(to)) + " exists"};
     return system_error("cannot link '" + file_path(to) + "'", errno);
 }

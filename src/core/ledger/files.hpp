@@ -45,7 +45,9 @@ class PrivateDirectory {
     Result<UniqueFd> open_or_create(const std::string &name) const;
     // Creates a file that must not exist, with `bytes` of zeros that are really allocated (no SIGBUS later).
     Result<UniqueFd> create_new(const std::string &name, std::uint64_t bytes) const;
-    Status link(const std::string &from, const std::string &to) const;    // exists when `to` is there
+    // Gives `from` the name `to` in one step where the file system can, so that no second name is left by a death in
+    // between; exists when `to` is there.
+    Status publish(const std::string &from, const std::string &to) const;
     Status rename(const std::string &from, const std::string &to) const;  // replaces `to` at once
     // The inode number behind the name now; 0: there is none.
     std::uint64_t inode(const std::string &name) const noexcept;

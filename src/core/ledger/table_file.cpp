@@ -237,9 +237,9 @@ Status Table::publish_new(std::uint64_t capacity, bool replace) {
     file->header.constant = expected_header();
     munmap(mapped, sizeof(File));
     if (fault::point("ledger.create.before_publish")) status = system_error("cannot link '" + path_ + "'", EACCES);
-    if (status.ok()) status = replace ? directory_.rename(name, file_name()) : directory_.link(name, file_name());
+    if (status.ok()) status = replace ? directory_.rename(name, file_name()) : directory_.publish(name, file_name());
     (void)fault::point("ledger.create.published");
-    directory_.unlink(name);  // after a rename there is nothing left under this name
+    directory_.unlink(name);  // after a rename there is nothing left under it
     return status;
 }
 

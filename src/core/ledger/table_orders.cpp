@@ -59,6 +59,7 @@ Result<std::uint64_t> TableLedger::order_trim(const std::string &name, std::uint
         }
         revision = table_->header().revision.fetch_add(1, std::memory_order_relaxed) + 1;
         table_->row(slot).trim_wanted.store({bytes, revision, false});
+        (void)fault::point("ledger.trim.ordered");
     }
     futex_ring(table_->row(slot).bell);
     return revision;

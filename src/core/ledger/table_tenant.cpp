@@ -314,6 +314,7 @@ void TableTenant::acknowledge_trim(const Trim &given) noexcept {
         if (!guard.ok()) return;  // stays open: pressed() goes on saying so
         if (given.revision <= trim_done().revision || given.revision > trim_wanted().revision) return;
         row().trim_done.store({given.bytes, given.revision, false});
+        (void)fault::point("ledger.trim.done");
     }
     futex_ring(table_.header().limits);
 }
