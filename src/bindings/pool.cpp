@@ -52,6 +52,7 @@ nb::dict stats(Pool &pool) {
     out["free_blocks"] = s.free;
     out["used_blocks"] = s.used;
     out["cached_blocks"] = s.cached;
+    out["withheld_blocks"] = s.withheld;
     out["coming_blocks"] = s.coming;
     out["page_cost"] = share.page_cost;
     out["virtual"] = s.pages.virtual_pages * share.page_cost;

@@ -64,8 +64,8 @@ class FakeTenant : public Tenant {
     }
     bool pressed() noexcept override {
         const std::scoped_lock lock(mutex_);
-        return asked_.cached != 0 || asked_.mapped_free != 0 || limit.revision != held.revision ||
-               trim.revision != trimmed.revision;
+        return asked_.cached != 0 || asked_.mapped_free != 0 || asked_.as_freed != 0 ||
+               limit.revision != held.revision || trim.revision != trimmed.revision;
     }
     Trim trim_wanted() const noexcept override { return trim; }
     Trim trim_done() const noexcept override { return trimmed; }

@@ -220,6 +220,41 @@ TEST("ledger policy: an unmet floor is asked back as soon as its owner wants it"
     CHECK_EQ(asks(s)[0].cached, 20 * MiB);
 }
 
+TEST("ledger policy: a floor above the share is owed by those within theirs too, of what becomes free") {
+    Snapshot s = world(100);
+    add(s, 50).weight = 5;
+    add(s, 50).weight = 4;
+    Claim &late = add(s, 0);
+    late.floor = 30 * MiB;
+    CHECK_EQ(asks(s)[0].as_freed + asks(s)[1].as_freed, 0U);  // it does not want it yet
+    demand(late, 1, 1);
+    const Asks a = asks(s);
+    CHECK_EQ(a[0].as_freed + a[1].as_freed, 30 * MiB);  // its share is 10
+    CHECK(decide(s, 0, 1) == Verdict::capacity);
+    s.claims[0].floor = s.claims[1].floor = 40 * MiB;
+    CHECK_EQ(asks(s)[0].as_freed, 10 * MiB);  // never below a floor
+}
+
+TEST("ledger policy: what is being given back already is not asked again, and is kept for who waits first") {
+    Snapshot s = world(100);
+    Claim &giver = add(s, 60);
+    giver.used = 20 * MiB;
+    giver.leaving = 40 * MiB;
+    add(s, 40, 30);
+    Claim &waits = add(s, 0);
+    demand(waits, 40, 1);
+    const Asks none = asks(s);
+    for (std::size_t i = 0; i < 2; ++i) CHECK_EQ(none[i].mapped_free + none[i].cached + none[i].as_freed, 0U);
+    waits.demand = 45 * MiB;
+    CHECK_EQ(asks(s)[1].cached, 5 * MiB);
+    waits.demand = 40 * MiB;
+    giver.leased = 55 * MiB;  // a first part has come: not for whoever asks next
+    giver.leaving = 35 * MiB;
+    s.claims[1].cached = 0;
+    s.claims[1].used = 40 * MiB;
+    CHECK(decide(s, 1, 5 * MiB) == Verdict::waiting);
+}
+
 TEST("ledger policy: what outsiders take above the capacity is asked back although nobody waits") {
     Snapshot s = world(100);
     add(s, 60, 30, 10);
@@ -269,6 +304,7 @@ Snapshot random_snapshot(std::mt19937_64 &random) {
         claim.cached = upto(claim.leased);
         claim.mapped_free = upto(claim.leased - claim.cached);
         claim.used = random() % 3 == 0 ? 0 : claim.leased - claim.cached - claim.mapped_free;
+        claim.leaving = upto(claim.leased - claim.cached - claim.mapped_free - claim.used);
         claim.active_ns = kNow - upto(2 * kActiveNs);
         if (random() % 3 == 0) {
             claim.demand = 1 + upto(s.capacity / 4);
@@ -311,8 +347,10 @@ void check_asks(const Snapshot &s) {
         const bool waits = demand_alive(claim, s.now_ns);
         waiting += waits ? 1 : 0;
         need += i64(std::max(claim.held() + (waits ? claim.demand : 0), std::max(claim.held(), claim.floor)));
-        excess += i64(claim.held());
-        const std::uint64_t lent = claim.held() > claim.floor ? claim.held() - claim.floor : 0;
+        need -= i64(claim.leaving);
+        const std::uint64_t stays = claim.held() - claim.leaving;
+        excess += i64(stays);
+        const std::uint64_t lent = stays > claim.floor ? stays - claim.floor : 0;
         givable += i64(std::min({claim.cached + claim.mapped_free + claim.used, lent, claim.leased}));
         silence = silence || (claim.ask_open_ns != 0 && s.now_ns > claim.ask_open_ns + kAnswerNs);
     }
@@ -326,8 +364,8 @@ void check_asks(const Snapshot &s) {
         CHECK(ask.mapped_free <= claim.mapped_free);
         CHECK(ask.cached <= claim.cached);
         CHECK(ask.as_freed <= claim.used);
-        CHECK(sum <= claim.leased);
-        CHECK(sum == 0 || claim.held() - sum >= claim.floor);
+        CHECK(sum + claim.leaving <= claim.leased);
+        CHECK(sum == 0 || claim.held() - claim.leaving - sum >= claim.floor);
         const bool alone = waiting == 0 || (waiting == 1 && demand_alive(claim, s.now_ns));
         if (alone) CHECK(i64(sum) <= excess);
         if (claim.ask_open_ns != 0 && s.now_ns > claim.ask_open_ns + kAnswerNs) CHECK_EQ(sum, 0U);

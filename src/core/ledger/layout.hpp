@@ -105,11 +105,11 @@ struct alignas(64) Row {
     Revised limit_wanted, limit_held;
     Revised trim_wanted, trim_done;  // `bytes` of the latter: given back
     Word demand, demand_ticket, demand_since_ns;
-    Word demand_seen_ns;                                     // last refresh; 0: no demand. Written last, cleared first
-    Word ask_open_ns;                                        // since when an ask has stood unanswered; 0: none
-    Word ask_late_ns;                                        // the ask_open_ns that was counted as late
-    Word active_ns;                                          // last time with pages in use or a lease granted; no lock
-    Word virtual_bytes, used, cached, mapped_free, transit;  // published by the tenant; no lock
+    Word demand_seen_ns;  // last refresh; 0: no demand. Written last, cleared first
+    Word ask_open_ns;     // since when an ask has stood unanswered; 0: none
+    Word ask_late_ns;     // the ask_open_ns that was counted as late
+    Word active_ns;       // last time with pages in use or a lease granted; no lock
+    Word virtual_bytes, used, cached, mapped_free, transit, leaving;  // published by the tenant; no lock
     Word misses, evicted_need, evicted_neighbour, evicted_limit, evicted_idle, evicted_budget;
     Word asked, answered, late;
     std::array<Latencies, kLatencies> latencies;  // added to by every member; no lock

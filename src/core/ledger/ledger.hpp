@@ -30,6 +30,7 @@ struct Usage {
     std::uint64_t cached = 0;       // pages with cached blocks and none in use: may be given back by evicting
     std::uint64_t mapped_free = 0;  // mapped pages with nothing on them: may be given back at once
     std::uint64_t transit = 0;      // leased, being mapped or unmapped
+    std::uint64_t leaving = 0;      // of these, being unmapped: they will be somebody else's
 };
 
 // Counted since the tenant joined. Evictions are cached blocks dropped, by what dropped them.

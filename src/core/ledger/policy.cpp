@@ -53,7 +53,9 @@ struct World {
     Bytes spare = 0;        // capacity less unmanaged, held and all unmet floors; may be negative
     Bytes wanted = 0;       // sum of `beyond`
     Bytes reclaimable = 0;  // of all
-    Bytes excess = 0;       // held and unmanaged bytes above the capacity
+    Bytes coming = 0;       // held, and being given back already
+    Bytes excess = 0;       // held and unmanaged bytes above the capacity, less what is coming
+    Bytes owed = 0;         // what is missing, with all that is coming, for the floors of tenants that wait
 };
 
 void fill_shares(const Snapshot &snapshot, World &world) noexcept {
@@ -99,6 +101,7 @@ World survey(const Snapshot &snapshot) noexcept {
     World world;
     world.spare = signed_bytes(snapshot.capacity) - signed_bytes(snapshot.unmanaged);
     Bytes held = 0;
+    Bytes unmet = 0;  // of those that wait
     for (int i = 0; i < snapshot.count; ++i) {
         const Claim &claim = snapshot.claims[static_cast<std::size_t>(i)];
         Figures &figures = world.of[static_cast<std::size_t>(i)];
@@ -109,10 +112,13 @@ World survey(const Snapshot &snapshot) noexcept {
         fill_demand(snapshot, i, figures);
         world.spare -= figures.held + figures.unmet;
         held += figures.held;
+        unmet += figures.want > 0 ? figures.unmet : 0;
+        world.coming += std::min(signed_bytes(claim.leaving), signed_bytes(claim.leased));
         world.wanted += figures.beyond;
         world.reclaimable += figures.reclaimable;
     }
-    world.excess = above(held + signed_bytes(snapshot.unmanaged), signed_bytes(snapshot.capacity));
+    world.excess = above(held + signed_bytes(snapshot.unmanaged), signed_bytes(snapshot.capacity) + world.coming);
+    world.owed = std::min(unmet, above(0, world.spare + world.coming));
     fill_shares(snapshot, world);
     return world;
 }
@@ -123,7 +129,7 @@ Bytes kept_for_others(const Snapshot &snapshot, const World &world, int index, c
     for (int i = 0; i < snapshot.count; ++i) {
         const Figures &other = world.of[static_cast<std::size_t>(i)];
         if (i == index || other.beyond == 0 || !before(other.rank, rank)) continue;
-        const Bytes reachable = world.spare + world.reclaimable - other.reclaimable;
+        const Bytes reachable = world.spare + world.coming + world.reclaimable - other.reclaimable;
         if (other.rank.aged || other.beyond <= reachable) kept += other.beyond;
     }
     return kept;
@@ -243,10 +249,12 @@ void take_cached(Taking &taking) noexcept {
     }
 }
 
-// From those above their share; from everybody where outsiders need the bytes, for they do not wait.
+// From those above their share; from everybody where outsiders need the bytes, for they do not wait, and where a floor
+// is owed, for it is guaranteed.
 void take_as_freed(Taking &taking) noexcept {
     for (const bool everybody : {false, true}) {
-        if (everybody) taking.need = std::min(taking.need, above(taking.world.excess, taking.asked - taking.need));
+        const Bytes due = std::max(taking.world.excess, taking.world.owed);
+        if (everybody) taking.need = std::min(taking.need, above(due, taking.asked - taking.need));
         Amounts available{};
         for (int i = 0; i < taking.snapshot.count; ++i) {
             const auto at = static_cast<std::size_t>(i);
@@ -266,7 +274,8 @@ Ask asked_of(const Taking &taking, std::size_t at) noexcept {
         const auto j = static_cast<std::size_t>(i);
         others_wait = others_wait || (j != at && taking.world.of[j].want > 0);
     }
-    Bytes most = std::max(others_wait ? above(others, taking.world.spare) : 0, taking.world.excess);
+    const Bytes free = taking.world.spare + taking.world.coming;
+    Bytes most = std::max(others_wait ? above(others, free) : 0, taking.world.excess);
     Ask ask;
     const auto part = [&most](Bytes amount) {
         const Bytes bytes = std::min(amount, most);
@@ -322,10 +331,12 @@ Asks asks(const Snapshot &snapshot) noexcept {
         anybody_waits = anybody_waits || figures.want > 0;
         const bool silent = claim.ask_open_ns != 0 && snapshot.now_ns > claim.ask_open_ns + kAnswerNs;
         if (silent) continue;
-        taking.room[at] = std::min(above(figures.held, signed_bytes(claim.floor)), signed_bytes(claim.leased));
-        taking.above_share[at] = is_aged(claim, snapshot.now_ns) ? 0 : above(signed_bytes(claim.leased), figures.share);
+        const Bytes leaving = std::min(signed_bytes(claim.leaving), signed_bytes(claim.leased));
+        const Bytes stays = signed_bytes(claim.leased) - leaving;
+        taking.room[at] = std::min(above(figures.held - leaving, signed_bytes(claim.floor)), stays);
+        taking.above_share[at] = is_aged(claim, snapshot.now_ns) ? 0 : above(stays, figures.share);
     }
-    taking.asked = taking.need = anybody_waits ? above(world.wanted, world.spare) : world.excess;
+    taking.asked = taking.need = anybody_waits ? above(world.wanted, world.spare + world.coming) : world.excess;
     take_mapped_free(taking);
     take_cached(taking);
     take_as_freed(taking);

@@ -17,17 +17,17 @@
 // has aged: otherwise bytes would lie idle for nobody. A demand that can never fit, or exceeds its tenant's limit, is
 // ignored.
 //
-// Giving back (asks). What the live demands and all unmet floors need beyond the free bytes is the deficit; where
-// nobody waits, it is what held and unmanaged bytes are above the capacity: processes outside elastickv have grown. It
-// is taken, never below anybody's floor: first from mapped free pages of tenants above their share, then from all other
-// mapped free pages (both in proportion), then from cached pages: lower priority first; within a priority what lies
-// above the weighted share first, the furthest above first. What a tenant would have to take from itself is not asked
-// of it: dropping its own cache is its own next choice anyway. Used pages are never asked back; `as_freed` tells a
-// tenant above its share how many bytes to give back as its pages become free, before it uses them again, and where
-// outsiders have grown also one within it.
-// What the operator orders of one tenant, to come under a limit or to trim, is asked of it besides, whoever waits; a
-// trim takes no more than is mapped free or cached, and nothing from under the floor.
-// A tenant that has not answered an ask for kAnswerNs is passed over until it does.
+// Giving back (asks). What the live demands and all unmet floors need beyond the free bytes, and those that are being
+// given back already, is the deficit; where nobody waits, it is what held and unmanaged bytes are above the capacity:
+// processes outside elastickv have grown. It is taken, never below anybody's floor: first from mapped free pages of
+// tenants above their share, then from all other mapped free pages (both in proportion), then from cached pages: lower
+// priority first; within a priority what lies above the weighted share first, the furthest above first. What a tenant
+// would have to take from itself is not asked of it: dropping its own cache is its own next choice anyway. Used pages
+// are never asked back; `as_freed` tells a tenant above its share how many bytes to give back as its pages become free,
+// before it uses them again, and also one within it where outsiders have grown or the floor of a tenant that waits is
+// not met. What the operator orders of one tenant, to come under a limit or to trim, is asked of it besides, whoever
+// waits; a trim takes no more than is mapped free or cached, and nothing from under the floor. A tenant that has not
+// answered an ask for kAnswerNs is passed over until it does.
 #pragma once
 
 #include <array>
@@ -54,6 +54,7 @@ struct Claim {
     std::uint64_t ticket = 0;  // order of arrival of the demand
     std::uint64_t demand_since_ns = 0, demand_seen_ns = 0;
     std::uint64_t used = 0, cached = 0, mapped_free = 0;
+    std::uint64_t leaving = 0;      // leased still, and being unmapped
     std::uint64_t active_ns = 0;    // last sign of work
     std::uint64_t ask_open_ns = 0;  // unanswered ask since; 0: none
     bool limit_now = false;

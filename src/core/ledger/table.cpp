@@ -180,6 +180,7 @@ policy::Snapshot Table::snapshot(std::uint64_t capacity) {
         claim.demand_seen_ns = get(one.demand_seen_ns);
         claim.used = amount(one.used);
         claim.cached = amount(one.cached);
+        claim.leaving = amount(one.leaving);
         claim.mapped_free = amount(one.mapped_free);
         claim.active_ns = get(one.active_ns);
         claim.ask_open_ns = get(one.ask_open_ns);

@@ -19,14 +19,15 @@ constexpr std::uint64_t kMaintainPauseNs = 500'000;  // a pressed pool with noth
 void Pool::order_unmap(std::uint32_t head, bool fenced, std::uint64_t ticket) {
     Extent &extent = extents_[head];
     const Run run{head, extent.pages};
+    set_draining(head, false);
     extent.stage = Stage::unmapping;
     empty_extents_.erase(head);
     for (std::uint32_t block = first_block(head); block <= last_block(head + run.pages - 1); ++block) {
         const auto pages = static_cast<std::uint16_t>(pages_of_block_in(block, run));
         if (unready_[block] == 0) {
             free_blocks_.erase(block);
+            count_block(state_[block], ~std::uint32_t{0});
             state_[block] = BlockState::absent;
-            available_.fetch_sub(1, std::memory_order_relaxed);
         } else if (missing_[block] == 0) {
             --coming_;  // its other pages are on their way, this one is leaving
         }
@@ -36,6 +37,7 @@ void Pool::order_unmap(std::uint32_t head, bool fenced, std::uint64_t ticket) {
     held_pages_ -= run.pages;
     usage_.free -= run.pages;
     usage_.transit += run.pages;
+    usage_.leaving += run.pages;
     transit_.push_back(head);
     table_->order(head, {++extent.generation, run.pages, false, fenced}, ticket);
     (void)fault::point("pool.unmap.ordered");
@@ -99,6 +101,8 @@ Pool::Given Pool::give_asked(std::uint64_t floor, std::uint64_t ticket, std::vec
     if (given < lent) given += give_free(lent - given, floor, ticket);
     if (given < lent && ask.cached != 0)
         given += evict(std::min(ask.cached, lent - given), floor, counters_.evicted_neighbour);
+    const auto missing = [given](std::uint64_t pages) { return pages > given ? pages - given : 0; };
+    drain(std::max(missing(over), std::min(missing(lent), ask.in_use)), evicted);
     if (!orders) return {given, 0};
     const std::uint64_t trim = leases_.trim();
     std::uint64_t trimmed = give_free(trim, floor, ticket);
@@ -157,7 +161,8 @@ std::vector<std::uint32_t> Pool::give_all() {
 
 bool Pool::attention() noexcept {
     if (origin_.elsewhere()) return false;
-    return (above_limit_.load(std::memory_order_relaxed) || leases_.pressed()) &&
+    return (above_limit_.load(std::memory_order_relaxed) || drains_.load(std::memory_order_relaxed) ||
+            leases_.pressed()) &&
            monotonic_ns() >= maintain_again_ns_.load(std::memory_order_relaxed);
 }
 

@@ -97,9 +97,13 @@ void Pool::became_mapped(std::uint32_t head) {
             continue;
         }
         --coming_;
-        state_[block] = BlockState::free;
-        free_blocks_.insert(block);
-        available_.fetch_add(1, std::memory_order_relaxed);
+        if (on_draining(block)) {
+            state_[block] = BlockState::withheld;
+        } else {
+            state_[block] = BlockState::free;
+            free_blocks_.insert(block);
+        }
+        count_block(state_[block], 1);
     }
     reclass(head);
 }
@@ -110,7 +114,10 @@ void Pool::became_absent(std::uint32_t head) {
     Extent &extent = extents_[head];
     const std::uint32_t pages = extent.pages;
     usage_.transit -= pages;
-    if (extent.stage == Stage::unmapping) ++returned_;
+    if (extent.stage == Stage::unmapping) {
+        usage_.leaving -= pages;
+        ++returned_;
+    }
     extent.stage = Stage::none;
     heads_.erase(head);
     for (std::uint32_t page = head; page < head + pages; ++page) absent_pages_.insert(page);
@@ -144,6 +151,7 @@ bool Pool::settle(std::uint32_t head) {
         return false;
     }
     if (stuck) {
+        if (extent.stage == Stage::unmapping) usage_.leaving -= extent.pages;
         extent.stage = Stage::lost;
         usage_.transit -= extent.pages;
         usage_.used += extent.pages;  // leased and out of reach until the engine ends

@@ -12,7 +12,7 @@ Status broken(const std::string &text) { return {Code::integrity, "integrity: " 
 }  // namespace
 
 Status Pool::check_blocks() const {
-    std::uint32_t free = 0, used = 0, cached = 0, coming = 0;
+    std::uint32_t free = 0, used = 0, cached = 0, withheld = 0, coming = 0;
     for (std::uint32_t block = 0; block < options_.num_blocks; ++block) {
         std::uint32_t missing = 0, unready = 0;
         for (std::uint32_t page = first_page(block); page <= last_page(block); ++page) {
@@ -26,6 +26,9 @@ Status Pool::check_blocks() const {
         if (missing != missing_[block] || unready != unready_[block]) return broken(name + " counts its pages wrongly");
         const BlockState state = state_[block];
         if ((state == BlockState::absent) != (unready != 0)) return broken(name + " is handed out without its pages");
+        const bool is_free = state == BlockState::free || state == BlockState::withheld;
+        if (is_free && on_draining(block) != (state == BlockState::withheld))
+            return broken(name + " and the extents that are drained");
         if (free_blocks_.contains(block) != (state == BlockState::free)) return broken(name + " and the free set");
         if (lru_.contains(block) != (state == BlockState::cached)) return broken(name + " and the cached list");
         if (missing == 0 && unready != 0 && block != 0) ++coming;
@@ -33,9 +36,10 @@ Status Pool::check_blocks() const {
         free += state == BlockState::free ? 1 : 0;
         used += state == BlockState::used ? 1 : 0;
         cached += state == BlockState::cached ? 1 : 0;
+        withheld += state == BlockState::withheld ? 1 : 0;
     }
     if (coming != coming_) return broken("blocks on their way: " + std::to_string(coming_));
-    if (free != free_blocks_.count() || cached != lru_.count() || used != used_blocks_.load())
+    if (free != free_blocks_.count() || cached != lru_.count() || used != used_blocks_.load() || withheld != withheld_)
         return broken("block counts");
     if (available_.load() != free + cached)
         return broken("available is " + std::to_string(available_.load()) + ", free + cached is " +
@@ -45,7 +49,7 @@ Status Pool::check_blocks() const {
 
 Status Pool::check_extents() const {
     PageUsage pages;
-    std::uint64_t held = 0, covered = 0;
+    std::uint64_t held = 0, covered = 0, draining = 0;
     for (std::uint64_t head = heads_.first(); head != Bitmap::npos; head = heads_.first_from(head + 1)) {
         const Extent &extent = extents_[head];
         std::uint32_t used = 0, cached = 0;
@@ -65,6 +69,8 @@ Status Pool::check_extents() const {
         if (evictable_.contains(first) != evictable || (evictable && extent.thin != thinness(extent)))
             return broken("the extent at page " + std::to_string(head) + " and the order of eviction");
         covered += extent.pages;
+        if (extent.stage == Stage::unmapping) pages.leaving += extent.pages;
+        if (draining_.contains(head)) draining += mapped ? extent.pages : num_pages_ + 1;
         if (mapped || extent.stage == Stage::mapping) held += extent.pages;
         if (extent.stage == Stage::lost || used != 0)
             pages.used += extent.pages;
@@ -75,7 +81,7 @@ Status Pool::check_extents() const {
     }
     if (held != held_pages_) return broken("held pages: " + std::to_string(held_pages_));
     if (pages.used != usage_.used || pages.cached != usage_.cached || pages.free != usage_.free ||
-        pages.transit != usage_.transit)
+        pages.transit != usage_.transit || pages.leaving != usage_.leaving || draining != draining_pages_)
         return broken("pages are not free + used + cached + in transit");
     if (covered + absent_pages_.count() != num_pages_) return broken("pages are neither absent nor in an extent");
     return {};
@@ -107,6 +113,7 @@ PoolStats Pool::stats() {
     out.free = static_cast<std::uint32_t>(free_blocks_.count());
     out.used = used_blocks_.load();
     out.cached = lru_.count();
+    out.withheld = withheld_;
     out.coming = coming_;
     out.pages = usage_;
     out.extents = heads_.count();

@@ -47,6 +47,7 @@ PageAsk Leases::ask() {
     for (auto &share : shares_) {
         const Ask ask = share.tenant->ask();
         sum.free = std::max(sum.free, pages_up(ask.mapped_free + ask.as_freed, share.page_cost));
+        sum.in_use = std::max(sum.in_use, pages_up(ask.as_freed, share.page_cost));
         sum.cached = std::max(sum.cached, pages_up(ask.cached, share.page_cost));
     }
     return sum;
@@ -121,7 +122,7 @@ void Leases::publish(const PageUsage &usage, const Counters &counters) noexcept 
     for (auto &share : shares_) {
         const std::uint64_t cost = share.page_cost;
         share.tenant->publish({usage.virtual_pages * cost, usage.used * cost, usage.cached * cost, usage.free * cost,
-                               usage.transit * cost},
+                               usage.transit * cost, usage.leaving * cost},
                               counters);
     }
 }

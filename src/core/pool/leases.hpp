@@ -11,13 +11,14 @@
 namespace elastickv {
 
 // What the policy asks of the pool, in pages. `free` counts pages that are free and, where others wait
-// for what is above this tenant's share, pages that become free: they go before they are used again.
+// for what is above this tenant's share, pages that become free (`in_use` now): they go before they are used again.
 struct PageAsk {
-    std::uint64_t free = 0, cached = 0;
+    std::uint64_t free = 0, cached = 0, in_use = 0;
 };
 
 struct PageUsage {
     std::uint64_t virtual_pages = 0, used = 0, cached = 0, free = 0, transit = 0;
+    std::uint64_t leaving = 0;  // of those in transit: being unmapped
 };
 
 class Leases {

@@ -71,6 +71,7 @@ Pool::Pool(std::shared_ptr<PageTable> table, std::vector<Leases::Share> shares, 
       absent_pages_(num_pages_),
       empty_extents_(num_pages_),
       heads_(num_pages_),
+      draining_(num_pages_),
       evictable_(num_pages_, kThinnessClasses) {
     for (std::uint32_t block = 0; block < options.num_blocks; ++block)
         missing_[block] = unready_[block] = static_cast<std::uint16_t>(last_page(block) - first_page(block) + 1);
@@ -119,9 +120,11 @@ void Pool::count_on_extents(std::uint32_t block, BlockState state, int delta) no
     }
 }
 
-// Moves a block between free, used and cached. Its pages are mapped.
+// Moves a block between free, used and cached. Its pages are mapped. What is free on a draining extent is withheld.
 void Pool::set_state(std::uint32_t block, BlockState to) noexcept {
+    if (to == BlockState::free && on_draining(block)) to = BlockState::withheld;
     const BlockState from = state_[block];
+    if (from == to) return;
     state_[block] = to;
     if (from == BlockState::free)
         free_blocks_.erase(block);
@@ -132,16 +135,19 @@ void Pool::set_state(std::uint32_t block, BlockState to) noexcept {
     else if (to == BlockState::cached)
         lru_.push_newest(block);
     // The new count goes first, so that a page that stays in use never looks free in between.
-    if (to != BlockState::free) count_on_extents(block, to, +1);
-    if (from != BlockState::free) count_on_extents(block, from, -1);
-    const bool was_used = from == BlockState::used, is_used = to == BlockState::used;
-    if (is_used && !was_used) {
-        used_blocks_.fetch_add(1, std::memory_order_relaxed);
-        available_.fetch_sub(1, std::memory_order_relaxed);
-    } else if (was_used && !is_used) {
-        used_blocks_.fetch_sub(1, std::memory_order_relaxed);
-        available_.fetch_add(1, std::memory_order_relaxed);
-    }
+    if (to == BlockState::used || to == BlockState::cached) count_on_extents(block, to, +1);
+    if (from == BlockState::used || from == BlockState::cached) count_on_extents(block, from, -1);
+    count_block(from, ~std::uint32_t{0});
+    count_block(to, 1);
+}
+
+void Pool::count_block(BlockState state, std::uint32_t delta) noexcept {
+    if (state == BlockState::used)
+        used_blocks_.fetch_add(delta, std::memory_order_relaxed);
+    else if (state == BlockState::withheld)
+        withheld_ += delta;
+    else
+        available_.fetch_add(delta, std::memory_order_relaxed);
 }
 
 void Pool::publish() noexcept {

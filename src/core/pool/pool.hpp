@@ -36,10 +36,11 @@ struct PoolOptions {
     std::uint64_t map_deadline_us = 5'000'000;  // how long it waits for the mappers
 };
 
-enum class BlockState : std::uint8_t { absent = 0, free = 1, used = 2, cached = 3 };
+// withheld: free, and not handed out, for its extent is being drained.
+enum class BlockState : std::uint8_t { absent = 0, free = 1, used = 2, cached = 3, withheld = 4 };
 
 struct PoolStats {
-    std::uint32_t num_blocks = 0, free = 0, used = 0, cached = 0, coming = 0;
+    std::uint32_t num_blocks = 0, free = 0, used = 0, cached = 0, withheld = 0, coming = 0;
     PageUsage pages;
     std::uint64_t extents = 0, lost_pages = 0, tickets = 0, map_failures = 0;
     std::uint64_t grown_extents = 0, returned_extents = 0;
@@ -130,6 +131,7 @@ class Pool {
 
     // block states (pool.cpp)
     void set_state(std::uint32_t block, BlockState to) noexcept;
+    void count_block(BlockState state, std::uint32_t delta) noexcept;
     void count_on_extents(std::uint32_t block, BlockState state, int delta) noexcept;
     void publish() noexcept;
     void take_locked(std::span<std::uint32_t> out, std::uint32_t *evicted) noexcept;
@@ -178,6 +180,11 @@ class Pool {
     std::uint64_t evict_extents(std::uint64_t pages, std::uint64_t keep, std::uint64_t ticket,
                                 std::vector<std::uint32_t> &evicted);
 
+    // draining (drain.cpp)
+    bool on_draining(std::uint32_t block) const noexcept;
+    void set_draining(std::uint32_t head, bool draining) noexcept;
+    void drain(std::uint64_t pages, std::vector<std::uint32_t> &evicted);
+
     Status check_blocks() const;
     Status check_extents() const;
 
@@ -197,12 +204,14 @@ class Pool {
     Lru lru_;
     std::vector<Extent> extents_;         // by first page
     std::vector<std::uint32_t> head_of_;  // by page; valid while the page is in an extent
-    Bitmap absent_pages_, empty_extents_, heads_;
+    Bitmap absent_pages_, empty_extents_, heads_, draining_;
     Lru evictable_;                       // heads of extents with cached blocks and no used ones, by thinness
     std::vector<std::uint32_t> transit_;  // heads whose order is not answered yet
     std::uint32_t answers_seen_ = 0;
+    std::uint32_t withheld_ = 0;
     std::uint32_t coming_ = 0;      // blocks whose pages are all mapped or ordered, not all mapped
     std::uint64_t held_pages_ = 0;  // mapping or mapped
+    std::uint64_t draining_pages_ = 0;
     PageUsage usage_;
     std::uint64_t last_stock_miss_ns_ = 0;
     std::uint64_t waits_since_ns_ = 0, refused_ns_ = 0;  // a wait for the neighbours over several calls of ensure()
@@ -211,6 +220,7 @@ class Pool {
     Counters counters_;
     std::atomic<std::uint32_t> used_blocks_{0}, available_{0};
     std::atomic<bool> above_limit_{false};  // and there are pages that could go
+    std::atomic<bool> drains_{false};
     std::atomic<std::uint64_t> maintain_again_ns_{0};
     std::atomic<std::uint64_t> last_active_ns_{0};
 };
