@@ -19,9 +19,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks.common.stats import ratio
+
+if TYPE_CHECKING:
+    from benchmarks.common.load import Load
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks/results"
@@ -30,6 +33,8 @@ FIELDS = (
     *("sides", "rows", "failures", "failed", "notes", "samples"),
 )
 FAILED_SHOWN = 20
+LATE_S = 0.02
+"""A load client that sends later than this is no longer an open loop."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,12 @@ class Result:
         """Counts failures of a side; the first texts are kept."""
         self.failures[side] = self.failures.get(side, 0) + len(texts)
         self.failed += [f"{side}: {text}" for text in texts[: max(0, FAILED_SHOWN - len(self.failed))]]
+
+    def account(self, side: str, what: str, done: Load) -> None:
+        """Counts a load's failures, and says it where the client was late: its figures are then partly the client's."""
+        self.fail(side, [f"{what}: {one.error}" for one in done.failures])
+        if done.lag > LATE_S:
+            self.note(f"{what}: the load client was up to {done.lag * 1e3:.0f} ms late, and that is in the latencies")
 
     def note(self, text: str) -> None:
         print(f"note: {text}", flush=True)

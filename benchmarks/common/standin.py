@@ -35,6 +35,8 @@ STEP_S = 0.001
 """A step's time, and SEQUENCE_S for each request in it, PREFILL_S for each token of a prompt."""
 SEQUENCE_S = 0.00005
 PREFILL_S = 0.00001
+ASK_AGAIN_S = 0.005
+"""After "none now", unless a request of its own has ended since."""
 
 
 @dataclass
@@ -78,7 +80,9 @@ class ElasticBlocks:
         self._caching = caching
         device = elastickv.open_device(settings.device, capacity=settings.capacity, directory=str(settings.directory))
         self.total = device.view().capacity // BLOCK_BYTES
-        self._cache = device.join(settings.tenant_name).cache(num_blocks=self.total, block_bytes=BLOCK_BYTES)
+        # Those that run are not kept waiting while neighbours answer: whoever was refused asks again.
+        member = device.join(settings.tenant_name, give_back_wait=0)
+        self._cache = member.cache(num_blocks=self.total, block_bytes=BLOCK_BYTES)
 
     def array(self) -> Any:
         return np.from_dlpack(self._cache).view(np.uint8)
@@ -100,6 +104,7 @@ class Standin:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._bell = asyncio.Event()
+        self._ask_again = 0.0
 
     def add(self, sequence: Sequence) -> None:
         if -(-(len(sequence.prompt) + sequence.answer) // BLOCK_TOKENS) >= self._blocks.total:
@@ -122,36 +127,23 @@ class Standin:
         for sequence in [one for one in self._running if one.gone]:
             self._end(sequence)
         while self._waiting and len(self._running) < self._most and self._admit(self._waiting[0]):
-            sequence = self._waiting.popleft()
-            prefilled += sequence.length
+            prefilled += len(self._waiting.popleft().prompt)
         for sequence in list(self._running):
-            if sequence in self._running and self._grow(sequence):
-                self._decode(sequence)
+            self._decode(sequence)
         return STEP_S + len(self._running) * SEQUENCE_S + prefilled * PREFILL_S
 
     def _admit(self, sequence: Sequence) -> bool:
-        ids = self._blocks.alloc(-(-sequence.length // BLOCK_TOKENS))
+        """With all the blocks that it will need, so that none has to be put back to wait."""
+        if time.monotonic() < self._ask_again:
+            return False
+        ids = self._blocks.alloc(-(-(len(sequence.prompt) + sequence.answer) // BLOCK_TOKENS))
         if ids is None:
+            self._ask_again = time.monotonic() + ASK_AGAIN_S
             return False
         sequence.blocks = ids
-        for place, token in enumerate([*sequence.prompt, *sequence.tokens]):
+        for place, token in enumerate(sequence.prompt):
             self._write(sequence, place, token)
         self._running.append(sequence)
-        return True
-
-    def _grow(self, sequence: Sequence) -> bool:
-        """A block for the next token; the youngest is put back to wait where there is none."""
-        while sequence.length >= len(sequence.blocks) * BLOCK_TOKENS:
-            ids = self._blocks.alloc(1)
-            if ids is not None:
-                sequence.blocks += ids
-                continue
-            youngest = self._running.pop()
-            self._blocks.free(youngest.blocks)
-            youngest.blocks = []
-            self._waiting.appendleft(youngest)
-            if youngest is sequence:
-                return False
         return True
 
     def _decode(self, sequence: Sequence) -> None:
@@ -168,6 +160,7 @@ class Standin:
             self._end(sequence)
 
     def _end(self, sequence: Sequence) -> None:
+        self._ask_again = 0.0
         self._running.remove(sequence)
         self._blocks.free(sequence.blocks)
         sequence.blocks = []

@@ -146,7 +146,7 @@ class Burst:
 
     def send(self, asked: list[Request], what: str, side: str) -> Load:
         done = load.run(asked, self.chosen.request_deadline)
-        self.result.fail(side, [f"{what}: {one.error}" for one in done.failures])
+        self.result.account(side, what, done)
         figures = summary(done.ttft())
         print(f"{what}: TTFT mean {figures['mean']:.3f} s, P99 {figures['p99']:.3f} s", flush=True)
         return done

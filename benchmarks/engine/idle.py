@@ -32,7 +32,8 @@ ABOUT = {
 }
 AFTER_S = 2.0
 WATCH_S = 3.0
-KEPT = Target("with", "most", 8.0)
+KEPT_MIB = 8.0
+"""The target, for a cache of 256 MiB and more; 1/32 of a smaller one."""
 RELEASE = {"--idle-release": "1s", "--cache-release": "1s"}
 
 
@@ -51,7 +52,7 @@ def main() -> int:
                 seed = chosen.seed + number
                 asked = load.requests(server.url, server.name, arrivals, shape, fleet.model.vocabulary, seed)
                 done = load.run(asked)
-                result.fail("with" if server.managed else "without", [one.error for one in done.failures])
+                result.account("with" if server.managed else "without", name, done)
                 if server.managed:
                     found = watch(fleet, server)
                     print(f"{name}: {found}", flush=True)
@@ -69,7 +70,7 @@ def watch(fleet: Fleet, server: Engine) -> dict[str, Any]:
     found: dict[str, Any] = {"at once MiB": ledger().leased / MIB, "after 2 s MiB": None, "seconds until 8 MiB": None}
     while (now := time.monotonic()) < ended + WATCH_S:
         held = ledger().leased / MIB
-        if found["seconds until 8 MiB"] is None and held <= KEPT.value:
+        if found["seconds until 8 MiB"] is None and held <= KEPT_MIB:
             found["seconds until 8 MiB"] = round(now - ended, 3)
         if found["after 2 s MiB"] is None and now >= ended + AFTER_S:
             found["after 2 s MiB"] = held
@@ -80,14 +81,15 @@ def watch(fleet: Fleet, server: Engine) -> dict[str, Any]:
 
 def rows(result: Result, chosen: argparse.Namespace) -> None:
     plain = chosen.kv_size / MIB
+    kept = Target("with", "most", min(KEPT_MIB, plain / 32))
     for name in ("prefix caching off", "prefix caching on"):
         # The worst round: one engine that keeps its memory is one too many.
         held = max(one["after 2 s MiB"] for one in result.samples[name])
         what = f"{name}: KV held {AFTER_S:g} s after the last request"
-        result.rows.append(Row(what, "MiB", held, plain, KEPT, spoilt=result.failures["with"]))
+        result.rows.append(Row(what, "MiB", held, plain, kept, spoilt=result.failures["with"]))
         kernel = [one["after 2 s MiB, kernel"] for one in result.samples[name]]
         if None not in kernel:
-            result.rows.append(Row(f"{name}: the same by the kernel", "MiB", max(kernel), plain, KEPT))
+            result.rows.append(Row(f"{name}: the same by the kernel", "MiB", max(kernel), plain, kept))
 
 
 if __name__ == "__main__":

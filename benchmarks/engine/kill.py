@@ -92,7 +92,7 @@ class Kills:
         survivor, victim = (Spec(n, True, 0, False, self.chosen.seqs, most, {}, (), exact) for n in ("left", "right"))
         (left,) = self.fleet.up(survivor)
         alone = load.run(self.asked(left, self.arrivals()), self.chosen.request_deadline)
-        self.result.fail("without", [f"alone: {one.error}" for one in alone.failures])
+        self.result.account("without", "alone", alone)
         self.expected = [one.tokens for one in alone.outcomes]
         for number in range(self.chosen.times):
             if time.monotonic() > until:
@@ -111,10 +111,10 @@ class Kills:
             fate = doomed.wait()
             done = survivor.wait()
         if side == "without":
-            self.result.fail("without", [f"neighbour: {one.error}" for one in fate.failures])
+            self.result.account("without", "neighbour", fate)
         elif not fate.failures:
             self.result.note(f"round {number}: the neighbour had answered everything before it was killed")
-        self.result.fail(side, [f"round {number}: {one.error}" for one in done.failures])
+        self.result.account(side, f"survivor, round {number}, {self.result.sides[side]}", done)
         self.loads[side].append(done)
         answers = zip(done.outcomes, self.expected, strict=True)
         self.changed[side] += sum(one.ok and one.tokens != expected for one, expected in answers)

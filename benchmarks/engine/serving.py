@@ -110,7 +110,7 @@ class Bench:
             seed = self.chosen.seed + 1000 * number
             asked = load.requests(server.url, server.name, arrivals(number), shape, self.vocabulary, seed)
             done = load.run(asked, self.chosen.request_deadline)
-            self.result.fail(side, [f"{what}, round {number}: {one.error}" for one in done.failures])
+            self.result.account(side, f"{what}, round {number}, {server.name}", done)
             print(f"{what}, round {number}, {server.name}: {done.tokens_per_second:.1f} tokens/s", flush=True)
             if number:
                 found[side].append(done)

@@ -129,14 +129,14 @@ class Starts:
         for server in servers:
             if server.process is not None and server.process.poll() is None:
                 done = load.run(self.asked(server, [0.0]), self.chosen.request_deadline)
-                self.result.fail(side, [f"{server.name} came up: {one.error}" for one in done.failures])
+                self.result.account(side, f"{server.name}, which came up", done)
 
     def beside_a_busy_one(self, seconds: float) -> None:
         (busy,) = self.fleet.up(self.spec("busy"))
         done = load.run(
             self.asked(busy, schedule.at_once(self.chosen.saturation_requests)), self.chosen.request_deadline
         )
-        self.result.fail("without", [f"saturation: {one.error}" for one in done.failures])
+        self.result.account("without", "saturation", done)
         rate = self.chosen.share * done.requests_per_second
         if not rate:
             self.result.note("the busy engine answered nothing at saturation: no load beside which to start another")
@@ -167,7 +167,7 @@ class Starts:
     def rows(self, loads: dict[str, list[Load]]) -> None:
         for side, series in loads.items():
             for done in series:
-                self.result.fail(side, [f"busy engine: {one.error}" for one in done.failures])
+                self.result.account(side, f"busy engine, {self.result.sides[side]}", done)
                 self.result.samples.setdefault(f"busy engine, {self.result.sides[side]}", []).append(done.samples())
         spoilt = sum(len(done.failures) for done in loads["with"])
         for name, of in (("TTFT", Load.ttft), ("TPOT", Load.tpot)):

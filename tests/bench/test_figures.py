@@ -171,6 +171,18 @@ def test_a_result_has_every_field_and_reads_back(tmp_path: Path) -> None:
     assert [row["met"] for row in report["rows"]] == [False, False, True]
 
 
+def test_a_client_that_was_late_is_said() -> None:
+    result = Result("engine/example", "vllm", False, "host", {})
+    prompt = Outcome("m", arrival=1.0, sent=1.001, first=1.5, last=3.5, tokens=[1, 2])
+    late = Outcome("m", arrival=1.0, sent=1.25, first=1.5, last=3.5, error="cut off")
+    result.account("with", "round 1", Load([prompt], 4.0))
+    assert result.notes == []
+    result.account("with", "round 2", Load([prompt, late], 4.0))
+    assert len(result.notes) == 1
+    assert "round 2: the load client was up to 250 ms late" in result.notes[0]
+    assert result.failed == ["with: round 2: cut off"]
+
+
 def compare(*paths: Path) -> subprocess.CompletedProcess[str]:
     words = [sys.executable, str(COMPARE), *map(str, paths)]
     return subprocess.run(words, capture_output=True, text=True, timeout=60)

@@ -158,7 +158,7 @@ def test_a_server_that_does_not_start_is_a_failure_with_its_log(fleet: Fleet) ->
 
 
 def test_the_answers_of_the_stand_in_depend_on_its_memory_and_not_on_pressure(fleet: Fleet) -> None:
-    """Managed in too little memory, so that requests are preempted, and plain with ample: the same tokens."""
+    """Managed in memory for two requests, so that most of them wait, and plain with ample: the same tokens."""
     managed = Spec("squeezed", True, options={"--limit": "1MiB"})
     squeezed, ample = fleet.up(managed, plain_twin(managed, "ample", 16 * MIB))
     answers = []
