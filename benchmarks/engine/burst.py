@@ -47,7 +47,7 @@ SMALL = {
     "shares": "0.5,1.25",
     "peaks": "4,8",
     "saturation_requests": 12,
-    "step": 0.3,
+    "step": 0.15,
     "kv_size": "4MiB",
     "request_deadline": 60.0,
     "minutes": 10.0,

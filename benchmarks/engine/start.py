@@ -141,7 +141,7 @@ class Starts:
         if not rate:
             self.result.note("the busy engine answered nothing at saturation: no load beside which to start another")
             return
-        window = min(LONGEST_S, 1.2 * seconds + 5.0)
+        window = min(LONGEST_S, 1.2 * seconds + 3.0)
         self.result.samples["busy engine"] = {"requests a second": rate, "seconds": window}
         loads: dict[str, list[Load]] = {"with": [], "without": []}
         for number, side in enumerate(schedule.alternate(self.chosen.repeats, ("without", "with"))):
