@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
-import os
-import platform
-import shlex
 import subprocess
 import sys
 import time
@@ -17,12 +13,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.common.result import RESULTS as ALL_RESULTS
+from benchmarks.common.result import Result, Row, Target
 from elastickv.config import Settings
 from elastickv.memory import Cache, RankGeometry, RankMemory
 
 MIB = 1024 * 1024
 GIB = 1024 * MIB
-RESULTS = Path(__file__).resolve().parents[1] / "results/cpu"
+RESULTS = ALL_RESULTS / "cpu"
 HUGE = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 DEADLINE_S = 60.0
 
@@ -120,34 +120,12 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def write(name: str, figures: dict[str, Any], targets: dict[str, tuple[float, str, float]], folder: Path) -> int:
-    """Writes NAME.json. `targets`: what, (measured, "most" or "least", wanted). A line each; 1 if one is missed."""
-    judged = {
-        what: {"measured": have, f"at {side}": want, "met": have <= want if side == "most" else have >= want}
+    """Writes NAME.json. `targets`: what, (measured, "most" or "least", wanted). A table; 1 if one is missed."""
+    result = Result(f"sharing/{name}", "", False, "host", {"huge pages in memory files": huge_pages()})
+    result.samples = figures
+    result.rows = [
+        Row(what, "", have, None, Target("with", "most" if side == "most" else "least", want))
         for what, (have, side, want) in targets.items()
-    }
-    report = {
-        "benchmark": f"sharing/{name}",
-        "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "hardware": {
-            "cpu": _cpu(),
-            "cores": os.cpu_count(),
-            "kernel": platform.release(),
-            "huge pages in memory files": huge_pages(),
-            "load average at the end": os.getloadavg(),
-        },
-        "targets": judged,
-        "figures": figures,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    for what, one in judged.items():
-        print(f"{'met   ' if one['met'] else 'MISSED'} {what}: {one}")
-    return int(not all(one["met"] for one in judged.values()))
-
-
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
+    ]
+    result.write(folder)
+    return int(any(row.met is False for row in result.rows))

