@@ -79,6 +79,19 @@ def test_what_tenants_hold_under_leases_is_not_somebody_elses(ledger: _core.Ledg
     assert unmanaged(ledger) == 30
 
 
+def test_a_capacity_that_leaves_room_for_others_is_not_charged_with_them(ledger: _core.Ledger) -> None:
+    """80 of 100 MiB are the tenants' and 4 stay free: the others may have 16 before the tenants have less."""
+    meter = Meter()
+    watch = Neighbours({GPU: ledger}, meter, headroom=4 * MIB)
+    seen = []
+    for used in (10, 16, 17, 30, 90, 0):
+        meter.used = used * MIB
+        for _ in range(2):
+            watch.measure()
+        seen.append(unmanaged(ledger))
+    assert seen == [0, 0, 2, 14, 74, 0]
+
+
 def test_several_may_measure(ledger: _core.Ledger) -> None:
     meter = Meter()
     meter.used = 20 * MIB

@@ -68,8 +68,9 @@ def job(model: Path, environment: dict[str, str] | None = None, rounds: int = 2,
 
 
 def managed(directory: Path, name: str, **more: str) -> dict[str, str]:
+    """Limits and capacities here are of the cache alone, so the weights are not leased."""
     settings = {"VLLM_PLUGINS": "elastickv", "ELASTICKV": "1", "ELASTICKV_DIR": str(directory), "ELASTICKV_NAME": name}
-    return {**settings, **more}
+    return {**settings, "ELASTICKV_STATIC": "none", **more}
 
 
 def say(name: str, result: Result) -> None:

@@ -1,8 +1,9 @@
 """Memory of a GPU that processes outside elastickv use, measured again and again and subtracted on the ledger.
 
 Used on the device, less what tenants have mapped and what they have of their static leases: the rest is somebody
-else's, and the tenants share what is left. Whoever schedules on the device measures; several may, for all write the
-same. Nothing is measured on the host, where the capacity says what tenants share.
+else's, and the tenants share what is left. A capacity that leaves part of the device out has left it to the others
+already, so there only what they use beyond that part is subtracted. Whoever schedules on the device measures; several
+may, for all write the same. Nothing is measured on the host, where the capacity says what tenants share.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from elastickv import _core
+from elastickv.config import Settings
 from elastickv.errors import ElasticKVError
 from elastickv.ledger import DeviceView, read_device
 from elastickv.memory import gpu
@@ -44,8 +46,11 @@ def outside_bytes(view: DeviceView, used: int) -> int:
 class Neighbours:
     """Measures the devices of `ledgers` that are GPUs, on a thread of its own, until stop()."""
 
-    def __init__(self, ledgers: Mapping[str, _core.Ledger], read: Read | None = None) -> None:
-        """`read` replaces gpu.device_memory()."""
+    def __init__(
+        self, ledgers: Mapping[str, _core.Ledger], read: Read | None = None, headroom: int = Settings.headroom
+    ) -> None:
+        """`read` replaces gpu.device_memory(). `headroom`: bytes of the device that stay free beside the capacity."""
+        self._headroom = headroom
         self._ledgers = {device: ledger for device, ledger in ledgers.items() if device != "host"}
         self._read = read or gpu.device_memory
         self._last: dict[str, int] = {}
@@ -78,9 +83,10 @@ class Neighbours:
                 self._silent.discard(device)
 
     def _measure(self, device: str, ledger: _core.Ledger) -> None:
-        _, used = self._read(device)
+        total, used = self._read(device)
         view = read_device(ledger)
-        now = outside_bytes(view, used)
+        left_out = max(0, total - view.capacity - self._headroom) // _UNIT * _UNIT
+        now = max(0, outside_bytes(view, used) - left_out)
         # Between a mapping and its entry on the ledger a page looks like somebody else's: what two looks agree on is.
         agreed = min(now, self._last.get(device, view.unmanaged))
         self._last[device] = now

@@ -44,7 +44,7 @@ class Tenancy:
         self.settings = settings
         self.tenants = dict(tenants)
         self._ledgers = dict(ledgers)
-        self._neighbours = Neighbours(ledgers)
+        self._neighbours = Neighbours(ledgers, headroom=settings.headroom)
         self._stopping = threading.Event()
         self._porter: threading.Thread | None = None
 
