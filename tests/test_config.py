@@ -146,6 +146,7 @@ def test_a_child_decides_the_same(tmp_path: Path) -> None:
         "floor": "1.5MiB",
         "limit": "none",
         "cache_release": "never",
+        "cache_limit": "0",
         "idle_release": "20ms",
         "give_back_wait": "0.5s",
         "device": "host",

@@ -18,11 +18,12 @@ std::shared_ptr<Pool> make_pool(std::shared_ptr<PageTable> table, const std::vec
                                 std::uint32_t num_blocks, std::uint64_t block_bytes, std::uint64_t page_bytes,
                                 std::uint32_t max_extent_pages, std::uint64_t stock_pages,
                                 std::uint64_t idle_release_us, std::uint64_t cache_release_us,
-                                std::uint64_t give_back_wait_us, std::uint64_t map_deadline_us) {
+                                std::uint64_t give_back_wait_us, std::uint64_t map_deadline_us,
+                                std::uint64_t cache_limit_pages) {
     std::vector<Leases::Share> leases;
     for (const auto &[tenant, cost] : shares) leases.push_back({tenant, cost});
     PoolOptions options{num_blocks,      block_bytes,      page_bytes,        max_extent_pages, stock_pages,
-                        idle_release_us, cache_release_us, give_back_wait_us, map_deadline_us};
+                        idle_release_us, cache_release_us, give_back_wait_us, map_deadline_us,  cache_limit_pages};
     return unwrap(without_gil([&] { return Pool::make(std::move(table), std::move(leases), options); }));
 }
 
@@ -145,7 +146,7 @@ void bind_pool(nb::module_ &module) {
                     nb::arg("block_bytes"), nb::arg("page_bytes"), nb::arg("max_extent_pages"),
                     nb::arg("stock_pages") = kNever, nb::arg("idle_release_us") = 2'000'000,
                     nb::arg("cache_release_us") = kNever, nb::arg("give_back_wait_us") = 20'000,
-                    nb::arg("map_deadline_us") = 5'000'000)
+                    nb::arg("map_deadline_us") = 5'000'000, nb::arg("cache_limit_pages") = kNever)
         .def(
             "wait_ready",
             [](Pool &self, std::uint64_t timeout_ms) {

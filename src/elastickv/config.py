@@ -249,6 +249,13 @@ VARIABLES: Final[tuple[Variable, ...]] = (
         "Seconds without work until cached prefixes are given back too, or never.",
         _write_or("never"),
     ),
+    Variable(
+        "cache_limit",
+        parse_size_or_none,
+        "none",
+        "The most bytes that cached prefixes alone may hold, or none. The oldest go first. 0 caches nothing beyond use.",
+        _write_or("none"),
+    ),
     Variable("give_back_wait", _milliseconds, "20", "Milliseconds that an allocation waits for its neighbours."),
     Variable("stock", parse_size, "one extent", "Bytes that are kept mapped ahead of demand."),
     Variable(
@@ -289,6 +296,7 @@ class Settings:
     max_extent: int | None = None
     idle_release: float = 2.0
     cache_release: float | None = None
+    cache_limit: int | None = None
     give_back_wait: int = 20
     """Milliseconds."""
     stock: int | None = None

@@ -146,3 +146,39 @@ TEST("pool: eviction by extent against a model, blocks across pages, random work
     }
     CHECK_OK(world.pool->check_integrity());
 }
+
+TEST("pool: the cache's own budget holds after each look, oldest first, and what is in use does not count") {
+    Shape shape;
+    shape.block_bytes = kPage;
+    shape.cache_limit = 5;
+    World world(shape);
+    const auto ids = world.alloc(20);
+    CHECK_OK(world.pool->release(part(ids, 0, 5), true));
+    CHECK(!world.pool->attention());
+    CHECK_OK(world.pool->release(part(ids, 5, 3), true));
+    CHECK(world.pool->attention());
+    CHECK_EQ(world.pool->next_deadline_us(true), 0U);
+    const auto held = world.tenant->leased();
+    CHECK_EQ(world.pool->maintain(false), part(ids, 0, 3));
+    CHECK_EQ(world.tenant->leased(), held);  // mapped and free
+    CHECK_EQ(world.pool->stats().pages.cached, 5U);
+    CHECK_EQ(world.pool->stats().counters.evicted_budget, 3U);
+    CHECK(!world.pool->attention());
+    CHECK_OK(world.pool->touch(ids[4]));
+    CHECK_OK(world.pool->release(part(ids, 8, 1), true));
+    CHECK(world.pool->maintain(true).empty());
+    CHECK_OK(world.pool->check_integrity());
+}
+
+TEST("pool: a budget of nothing caches nothing beyond use, also beside used blocks") {
+    Shape shape = quarters();
+    shape.cache_limit = 0;
+    World world(shape);
+    const auto ids = world.alloc(60);
+    CHECK_OK(world.pool->release(part(ids, 10, 30), true));
+    CHECK_EQ(world.pool->maintain(false).size(), 30U);
+    CHECK_EQ(world.pool->stats().cached, 0U);
+    CHECK_EQ(world.pool->used(), 30U);
+    CHECK(!world.pool->attention());
+    CHECK_OK(world.pool->check_integrity());
+}

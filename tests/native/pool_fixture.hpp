@@ -24,6 +24,7 @@ struct Shape {
     std::uint64_t budget_pages = 1'000'000;
     std::uint64_t stock_pages = 0;
     std::uint64_t idle_us = 1'000, cache_us = kNever, wait_us = 1'000;
+    std::uint64_t cache_limit = kNever;
     std::shared_ptr<Driver> driver;
 };
 
@@ -52,7 +53,7 @@ struct World {
         CHECK_OK(made);
         table = std::move(made).value();
         PoolOptions options{shape.blocks,  shape.block_bytes, shape.page_bytes, shape.max_extent, shape.stock_pages,
-                            shape.idle_us, shape.cache_us,    shape.wait_us,    2'000'000};
+                            shape.idle_us, shape.cache_us,    shape.wait_us,    2'000'000,        shape.cache_limit};
         auto pooled = Pool::make(table, {{tenant, page_cost}}, options);
         CHECK_OK(pooled);
         pool = std::move(pooled).value();

@@ -72,6 +72,27 @@ void Pool::empty_extent(std::uint32_t head, std::vector<std::uint32_t> &evicted)
     }
 }
 
+bool Pool::over_cache_limit() const noexcept {
+    const std::uint64_t limit = options_.cache_limit_pages;
+    return limit == 0 ? lru_.count() != 0 : usage_.cached > limit;
+}
+
+// Brings the prefix cache under its own budget. The pages stay, mapped and free, as after any other free. A budget of 0
+// also drops what is cached beside used blocks.
+void Pool::keep_cache_limit(std::vector<std::uint32_t> &evicted) {
+    const std::size_t before = evicted.size();
+    while (over_cache_limit()) {
+        const std::uint32_t head = next_to_empty(0);
+        if (head != Lru::npos) {
+            empty_extent(head, evicted);
+        } else {
+            evicted.push_back(lru_.oldest());
+            set_state(evicted.back(), BlockState::free);
+        }
+    }
+    counters_.evicted_budget += evicted.size() - before;
+}
+
 // Evicts every cached block of extents that hold nothing else, and orders these unmapped.
 std::uint64_t Pool::evict_extents(std::uint64_t pages, std::uint64_t keep, std::uint64_t ticket,
                                   std::vector<std::uint32_t> &evicted) {

@@ -138,6 +138,7 @@ std::vector<std::uint32_t> Pool::maintain(bool idle) {
     const std::uint64_t floor = leases_.floor_pages();
     const std::uint64_t ticket = table_->header().ticket.load(std::memory_order_relaxed) + 1;
     Given given = give_asked(floor, ticket, evicted);
+    keep_cache_limit(evicted);
     if (idle) given.pages += give_idle(now, floor, ticket, evicted);
     ordered(given.pages, ticket, now);
     publish();  // before the answers: who waited for them may look at once
@@ -162,7 +163,7 @@ std::vector<std::uint32_t> Pool::give_all() {
 bool Pool::attention() noexcept {
     if (origin_.elsewhere()) return false;
     return (above_limit_.load(std::memory_order_relaxed) || drains_.load(std::memory_order_relaxed) ||
-            leases_.pressed()) &&
+            above_cache_limit_.load(std::memory_order_relaxed) || leases_.pressed()) &&
            monotonic_ns() >= maintain_again_ns_.load(std::memory_order_relaxed);
 }
 
@@ -187,9 +188,10 @@ std::uint64_t Pool::next_deadline_us(bool idle) {
     const std::uint64_t now = monotonic_ns();
     publish();
     leases_.settle_limits();
-    const bool soon = leases_.limit_open() || above_limit_.load(std::memory_order_relaxed);
+    const bool soon = leases_.limit_open() || above_limit_.load(std::memory_order_relaxed) || over_cache_limit();
     const std::uint64_t most = soon ? kOpenOrderUs : kLookUs;
     if (!idle) return most;
+    if (over_cache_limit()) return 0;
     const std::uint64_t floor = leases_.floor_pages(), active = last_active_ns_.load(std::memory_order_relaxed);
     const std::uint64_t quiet_us = now > active ? (now - active) / 1000 : 0;
     std::uint64_t due = kNever;

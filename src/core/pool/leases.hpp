@@ -36,6 +36,7 @@ class Leases {
     std::uint64_t floor_pages() const noexcept;
     PageAsk ask();
     bool pressed() const noexcept;
+    void ring_self() noexcept { shares_.front().tenant->ring_self(); }
     void answered() noexcept;
     // Reads the operator's orders that are not answered yet; true: there is one. What is answered later is what was
     // read here: an order that comes in between stays open.

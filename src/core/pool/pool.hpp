@@ -34,6 +34,7 @@ struct PoolOptions {
     std::uint64_t cache_release_us = kNever;
     std::uint64_t give_back_wait_us = 20'000;   // how long an allocation waits for the neighbours
     std::uint64_t map_deadline_us = 5'000'000;  // how long it waits for the mappers
+    std::uint64_t cache_limit_pages = kNever;   // most pages that hold cached blocks alone, after maintain()
 };
 
 // withheld: free, and not handed out, for its extent is being drained.
@@ -176,6 +177,8 @@ class Pool {
     std::uint32_t thinness(const Extent &extent) const noexcept;
     void reclass(std::uint32_t head) noexcept;
     std::uint32_t next_to_empty(std::uint64_t keep) const noexcept;
+    bool over_cache_limit() const noexcept;
+    void keep_cache_limit(std::vector<std::uint32_t> &evicted);
     void empty_extent(std::uint32_t head, std::vector<std::uint32_t> &evicted);
     std::uint64_t evict_extents(std::uint64_t pages, std::uint64_t keep, std::uint64_t ticket,
                                 std::vector<std::uint32_t> &evicted);
@@ -221,6 +224,7 @@ class Pool {
     std::atomic<std::uint32_t> used_blocks_{0}, available_{0};
     std::atomic<bool> above_limit_{false};  // and there are pages that could go
     std::atomic<bool> drains_{false};
+    std::atomic<bool> above_cache_limit_{false};
     std::atomic<std::uint64_t> maintain_again_ns_{0};
     std::atomic<std::uint64_t> last_active_ns_{0};
 };

@@ -9,6 +9,7 @@ import typer
 from elastickv.config import VARIABLES
 
 __all__ = [
+    "CacheLimit",
     "CacheRelease",
     "Capacity",
     "Device",
@@ -62,6 +63,7 @@ Page = Annotated[str | None, _setting("page")]
 MaxExtent = Annotated[str | None, _setting("max_extent")]
 IdleRelease = Annotated[str | None, _setting("idle_release")]
 CacheRelease = Annotated[str | None, _setting("cache_release")]
+CacheLimit = Annotated[str | None, _setting("cache_limit")]
 GiveBackWait = Annotated[str | None, _setting("give_back_wait")]
 Stock = Annotated[str | None, _setting("stock")]
 HoldWindows = Annotated[str | None, _setting("hold_windows")]

@@ -104,8 +104,13 @@ class Cache:
             idle_release_us=int(settings.idle_release * 1e6),
             cache_release_us=_core.NEVER if settings.cache_release is None else int(settings.cache_release * 1e6),
             give_back_wait_us=settings.give_back_wait * 1000,
+            cache_limit_pages=_core.NEVER if settings.cache_limit is None else cls._whole_pages(settings, geometry),
         )
         return table, pool
+
+    @staticmethod
+    def _whole_pages(settings: Settings, geometry: PoolGeometry) -> int:
+        return (settings.cache_limit or 0) // geometry.page_cost(geometry.devices[0])
 
     @staticmethod
     def _pages(size: int, geometry: PoolGeometry) -> int:
