@@ -40,7 +40,7 @@ def test_saturating_tenants_hold_by_weight_and_a_floor_is_met(tmp_path: Path) ->
     figures = fairness(tmp_path, "--seconds", "3")
     check_fair(figures)
     assert all(abs(tenant["of its share"] - 1) <= 0.05 for tenant in figures["tenants"].values())
-    assert figures["floor"]["give-back rounds"] <= 2
+    assert figures["floor"]["given"]["give-back rounds"] <= 2
 
 
 def test_the_same_where_an_extent_has_many_blocks(tmp_path: Path) -> None:

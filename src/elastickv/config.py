@@ -253,7 +253,7 @@ VARIABLES: Final[tuple[Variable, ...]] = (
         "cache_limit",
         parse_size_or_none,
         "none",
-        "The most bytes that cached prefixes alone may hold, or none. The oldest go first. 0 caches nothing beyond use.",
+        "The most bytes that cached prefixes alone may hold, or none. The oldest go first. 0: nothing beyond use.",
         _write_or("none"),
     ),
     Variable("give_back_wait", _milliseconds, "20", "Milliseconds that an allocation waits for its neighbours."),

@@ -81,6 +81,7 @@ def _round(llm: Any, vllm: Any, number: int, prompts: list[Any], job: dict[str, 
     margins: list[list[float]] = [[] for _ in prompts]
     first = [0.0] * len(prompts)
     damaged: list[Any] = []
+    cached = [0] * len(prompts)
     steps = probed = 0
     order = _Order(job, llm)
     while engine.has_unfinished_requests():
@@ -92,6 +93,7 @@ def _round(llm: Any, vllm: Any, number: int, prompts: list[Any], job: dict[str, 
         for output in engine.step():
             i = int(output.request_id.split("-")[1])
             tokens[i] = list(output.outputs[0].token_ids)
+            cached[i] = output.num_cached_tokens or 0
             first[i] = first[i] or time.monotonic() - began
             if output.outputs[0].logprobs and output.finished:
                 margins[i] = [_margin(entry) for entry in output.outputs[0].logprobs]
@@ -108,6 +110,7 @@ def _round(llm: Any, vllm: Any, number: int, prompts: list[Any], job: dict[str, 
         "damaged": damaged,
         "probed": probed,
         "held": order.held,
+        "cached": cached,
     }
 
 

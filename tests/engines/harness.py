@@ -115,6 +115,8 @@ class Round:
     held: list[list[int]] = field(default_factory=list)
     """With an order: bytes held, revisions of the limit held and wanted, and requests running, after each step from the
     one before the order on."""
+    cached: list[int] = field(default_factory=list)
+    """Tokens of each prompt that were found in the prefix cache."""
 
     @property
     def tokens_per_second(self) -> float:

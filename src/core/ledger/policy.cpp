@@ -55,6 +55,7 @@ struct World {
     Bytes reclaimable = 0;  // of all
     Bytes coming = 0;       // held, and being given back already
     Bytes excess = 0;       // held and unmanaged bytes above the capacity, less what is coming
+    bool aged = false;      // somebody has waited too long
     Bytes owed = 0;         // what is missing, with all that is coming, for the floors of tenants that wait
 };
 
@@ -112,6 +113,7 @@ World survey(const Snapshot &snapshot) noexcept {
         fill_demand(snapshot, i, figures);
         world.spare -= figures.held + figures.unmet;
         held += figures.held;
+        world.aged = world.aged || (figures.want > 0 && figures.rank.aged);
         unmet += figures.want > 0 ? figures.unmet : 0;
         world.coming += std::min(signed_bytes(claim.leaving), signed_bytes(claim.leased));
         world.wanted += figures.beyond;
@@ -221,7 +223,9 @@ void take_mapped_free(Taking &taking) noexcept {
             const auto at = static_cast<std::size_t>(i);
             const Bytes left = signed_bytes(taking.snapshot.claims[at].mapped_free) - taking.free[at];
             available[at] = std::min(left, taking.room[at]);
-            if (!everybody) available[at] = std::min(available[at], taking.above_share[at]);
+            // Who waits within its share is about to use them itself; only who has waited too long goes before it.
+            if (!everybody || (taking.world.of[at].want > 0 && !taking.world.aged))
+                available[at] = std::min(available[at], taking.above_share[at]);
         }
         taking.proportionally(available, taking.free);
     }

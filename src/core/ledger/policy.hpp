@@ -20,14 +20,15 @@
 // Giving back (asks). What the live demands and all unmet floors need beyond the free bytes, and those that are being
 // given back already, is the deficit; where nobody waits, it is what held and unmanaged bytes are above the capacity:
 // processes outside elastickv have grown. It is taken, never below anybody's floor: first from mapped free pages of
-// tenants above their share, then from all other mapped free pages (both in proportion), then from cached pages: lower
-// priority first; within a priority what lies above the weighted share first, the furthest above first. What a tenant
-// would have to take from itself is not asked of it: dropping its own cache is its own next choice anyway. Used pages
-// are never asked back; `as_freed` tells a tenant above its share how many bytes to give back as its pages become free,
-// before it uses them again, and also one within it where outsiders have grown or the floor of a tenant that waits is
-// not met. What the operator orders of one tenant, to come under a limit or to trim, is asked of it besides, whoever
-// waits; a trim takes no more than is mapped free or cached, and nothing from under the floor. A tenant that has not
-// answered an ask for kAnswerNs is passed over until it does.
+// tenants above their share, then from all other mapped free pages (both in proportion; those of a tenant that waits
+// itself and is within its share are left to it, unless somebody has waited longer than kAgeingNs), then from cached
+// pages: lower priority first; within a priority what lies above the weighted share first, the furthest above first.
+// What a tenant would have to take from itself is not asked of it: dropping its own cache is its own next choice
+// anyway. Used pages are never asked back; `as_freed` tells a tenant above its share how many bytes to give back as its
+// pages become free, before it uses them again, and also one within it where outsiders have grown or the floor of a
+// tenant that waits is not met. What the operator orders of one tenant, to come under a limit or to trim, is asked of
+// it besides, whoever waits; a trim takes no more than is mapped free or cached, and nothing from under the floor. A
+// tenant that has not answered an ask for kAnswerNs is passed over until it does.
 #pragma once
 
 #include <array>

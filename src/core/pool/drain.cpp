@@ -10,6 +10,11 @@
 #include "pool/pool.hpp"
 
 namespace elastickv {
+namespace {
+
+constexpr std::uint64_t kAhead = 4;  // a drain lasts as long as the requests on it, and more is asked meanwhile
+
+}  // namespace
 
 bool Pool::on_draining(std::uint32_t block) const noexcept {
     if (draining_.count() == 0) return false;
@@ -30,9 +35,10 @@ void Pool::set_draining(std::uint32_t head, bool draining) noexcept {
             set_state(block, BlockState::free);
 }
 
-// Has about `pages` pages on their way to being empty: the highest extents first, and first those less than half full
-// of used blocks. What they cache goes at once, for a cached block may be wanted again and keep them.
+// Has enough pages for `pages` on their way to being empty: the highest extents first, and first those less than half
+// full of used blocks. What they cache goes at once, for a cached block may be wanted again and keep them.
 void Pool::drain(std::uint64_t pages, std::vector<std::uint32_t> &evicted) {
+    pages = std::min(kAhead * pages, std::max(pages, held_pages_ / 4));
     while (draining_.count() != 0) {
         const auto lowest = static_cast<std::uint32_t>(draining_.first());
         if (draining_pages_ < pages + extents_[lowest].pages) break;
