@@ -171,7 +171,10 @@ void Rank::run() noexcept {
     for (Clearing &one : clearing_) wait_cleared(one.fences);
     clearing_.clear();
     std::int64_t freed = 0;
-    for (auto &[page, extent] : extents_) freed += static_cast<std::int64_t>(extent_bytes(extent.pages));
+    for (auto &[page, extent] : extents_) {
+        freed += static_cast<std::int64_t>(extent_bytes(extent.pages));
+        if (const Status status = take_down(extent); !status.ok()) note_failure(status.message());
+    }
     extents_.clear();
     slot_.mapped_bytes.store(0, std::memory_order_relaxed);
     if (freed != 0) {

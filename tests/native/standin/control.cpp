@@ -35,6 +35,33 @@ STANDIN_EXPORT void standin_fail(const char *function, int nth, int code) {
     order.failures[order.calls + static_cast<std::uint64_t>(nth < 1 ? 1 : nth)] = code;
 }
 
+STANDIN_EXPORT void standin_fail_any(int nth, int code) {
+    State &all = state();
+    std::lock_guard guard(all.mutex);
+    all.any.failures[all.any.calls + static_cast<std::uint64_t>(nth < 1 ? 1 : nth)] = code;
+}
+
+STANDIN_EXPORT uint64_t standin_all_calls(void) {
+    State &all = state();
+    std::lock_guard guard(all.mutex);
+    return all.any.calls;
+}
+
+STANDIN_EXPORT int standin_pending(void) {
+    State &all = state();
+    std::lock_guard guard(all.mutex);
+    std::size_t orders = all.any.failures.size();
+    for (const auto &[name, order] : all.switches) orders += order.failures.size();
+    return static_cast<int>(orders);
+}
+
+STANDIN_EXPORT void standin_heal(void) {
+    State &all = state();
+    std::lock_guard guard(all.mutex);
+    all.any.failures.clear();
+    for (auto &[name, order] : all.switches) order.failures.clear();
+}
+
 STANDIN_EXPORT void standin_delay(const char *function, unsigned microseconds) {
     State &all = state();
     std::lock_guard guard(all.mutex);
@@ -60,6 +87,13 @@ STANDIN_EXPORT void standin_hold_new_streams(int held) {
     State &all = state();
     std::lock_guard guard(all.mutex);
     all.hold_new = held != 0;
+}
+
+STANDIN_EXPORT void standin_hold_all(void) {
+    State &all = state();
+    std::lock_guard guard(all.mutex);
+    all.hold_new = all.legacy.held = true;
+    for (auto &[handle, stream] : all.streams) stream->held = true;
 }
 
 STANDIN_EXPORT void standin_let_all_go(void) {

@@ -23,6 +23,12 @@ int standin_context_references(int device); /* retains less releases, the engine
 /* The nth call from now (1 is the next) of a function, by its name in the library, returns this error and does nothing.
  */
 void standin_fail(const char *function, int nth, int code);
+/* The nth call from now of whatever function does, and how many calls there were of all of them. */
+void standin_fail_any(int nth, int code);
+uint64_t standin_all_calls(void);
+/* How many orders to fail have not been met yet, and taking all of them back. */
+int standin_pending(void);
+void standin_heal(void);
 /* Every call of it sleeps first; 0 ends that. */
 void standin_delay(const char *function, unsigned microseconds);
 uint64_t standin_calls(const char *function);
@@ -32,6 +38,8 @@ uint64_t standin_calls(const char *function);
 void standin_hold(void *stream, int held);
 /* Streams made from now on are held from the start. */
 void standin_hold_new_streams(int held);
+/* Every stream, those to come too. */
+void standin_hold_all(void);
 /* Lets go of every stream. */
 void standin_let_all_go(void);
 

@@ -71,6 +71,7 @@ void reset(State &all, int devices, std::uint64_t total, std::uint64_t granulari
     all.violations = 0;
     all.last_violation.clear();
     all.switches.clear();
+    all.any = {};
     current_context() = nullptr;
 }
 
@@ -132,10 +133,11 @@ void drop_memory(State &all, std::map<cuda::Handle, Memory>::iterator memory) {
 
 Entry::Entry(const char *function, bool needs_context) : all_(state()), lock_(all_.mutex) {
     Switch &order = all_.switches[function];
-    const std::uint64_t number = ++order.calls;
-    if (auto found = order.failures.find(number); found != order.failures.end()) {
+    for (Switch *counted : {&order, &all_.any}) {
+        const auto found = counted->failures.find(++counted->calls);
+        if (found == counted->failures.end()) continue;
         code_ = found->second;
-        order.failures.erase(found);
+        counted->failures.erase(found);
     }
     if (const unsigned delay = order.delay_us; delay != 0) {
         lock_.unlock();

@@ -93,6 +93,7 @@ struct State {
     std::uint64_t violations = 0;
     std::string last_violation;
     std::map<std::string, Switch> switches;
+    Switch any;  // of all functions together
 };
 State &state();
 
