@@ -50,23 +50,23 @@ void script(Stack &stack, const std::shared_ptr<Ledger> &ledger) {
         live.resize(live.size() - n);
         CHECK_OK(stack.pool->release(gone, cached));
     };
-    grow(4);
-    grow(9);
+    grow(2);
+    grow(5);
     stack.step(live);
-    shrink(8, false);
+    shrink(4, false);
     stack.pool->maintain(true);
     stack.step(live);
-    grow(3);
+    grow(2);
     stack.settle();
     stack.step(live);
     shrink(2, true);
-    grow(5);
+    grow(2);
     stack.pool->maintain(true);
     stack.step(live);
     stack.settle();
     if (standin_pending() == 0) {
-        grow(12);  // whatever was refused before, it can be had now
-        CHECK(live.size() >= 12);
+        grow(6);  // whatever was refused before, it can be had now
+        CHECK(live.size() >= 6);
         stack.step(live);
     }
     stack.check_books(ledger);
@@ -94,7 +94,7 @@ bool survives(const std::shared_ptr<Ledger> &ledger, const char *function, int n
     engine.check_alone();
     CHECK_EQ(standin_violations(), 0U);
     CHECK(ledgertest::rows_of(ledger).size() == 1 && !ledgertest::row_of(ledger, "stack").alive);
-    {
+    if (nth % 10 == 1) {
         auto again = Stack::make(ledger, engine, {});  // nobody is in the way of the next one
         CHECK_OK(again);
         CHECK_EQ((*again)->alloc(20).size(), 20U);
@@ -127,5 +127,5 @@ TEST("stack: a device that has no memory once, at each call that takes some, is 
 }
 
 TEST("stack: a driver that fails once, at each call of all in turn, loses nothing") {
-    at_every_call("any", kUnknown, 3 * kSlow);
+    at_every_call("any", kUnknown, 4 * kSlow);
 }

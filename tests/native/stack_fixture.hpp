@@ -28,7 +28,7 @@ inline constexpr std::uint64_t kPage = 64 * 1024;
 inline constexpr std::uint64_t kDevice = 48 * ledgertest::MiB;
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-inline constexpr int kSlow = 4;  // how many times fewer rounds where every one takes longer
+inline constexpr int kSlow = 6;  // how many times fewer rounds where every one takes longer
 #else
 inline constexpr int kSlow = 1;
 #endif
