@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from typing import Any, Final
@@ -24,10 +25,16 @@ _CONTEXT: Final = 640 * 1024 * 1024
 
 
 def device_of(worker: Any) -> str:
-    """The name of the rank's device: host, or the GPU's UUID."""
+    """The name of the rank's device: host, or the UUID of the GPU or of its MIG instance."""
     if worker.device.type == "cpu":
         return "host"
-    return f"GPU-{torch.cuda.get_device_properties(worker.device).uuid}"
+    return _gpu_name(worker.device.index or 0)
+
+
+@functools.cache
+def _gpu_name(number: int) -> str:
+    """The driver knows MIG instances by their own names, and numbers devices as PyTorch does."""
+    return _core.open_driver(f"cuda:{number}").device_id
 
 
 def begin(worker: Any) -> None:
