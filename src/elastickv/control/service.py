@@ -38,7 +38,10 @@ from elastickv.limits import LimitOrder, late, limit_order, place_order
 __all__ = ["Service"]
 
 LOOK_S: Final = 0.004
-"""Between two looks whether a tenant has acknowledged. One reading serves all who wait."""
+"""Between the first two looks whether a tenant has acknowledged. One reading serves all who wait."""
+SLOWER: Final = 1.25
+"""Each look comes so much later than the one before, so that who waits long costs little, up to..."""
+LAST_LOOK_S: Final = 0.1
 SHARED_S: Final = 0.02
 """A reading that is no older than this serves a watch."""
 
@@ -162,14 +165,14 @@ class Service:
         limit = size_of(request.limit, "limit")
         desk = self._desk((await self._find(request.tenant, request.device)).device)
         revision = await desk.order(lambda ledger: place_order(ledger, request.tenant, limit, request.now))
-        until = time.monotonic() + request.wait
+        until, rest = time.monotonic() + request.wait, LOOK_S
         while True:
             order = limit_order(await desk.view(), request.tenant, revision)
             if order.state != "pending" or request.wait == 0:
                 return order
             if time.monotonic() >= until:
                 raise late(order, request.wait)
-            await asyncio.sleep(LOOK_S)
+            rest = await _rest(rest, until)
 
     async def _fit(self, request: FitRequest) -> dict[str, Any]:
         names = self._names(request.device)
@@ -189,17 +192,23 @@ class Service:
         desk = self._desk((await self._find(name, request.device)).device)
         revision = await desk.order(lambda ledger: ledger.order_trim(name, size))
         answer: dict[str, Any] = {"device": desk.device, "tenant": name, "asked": size, "given": None}
-        until = time.monotonic() + request.wait
+        until, rest = time.monotonic() + request.wait, LOOK_S
         while request.wait > 0:
             row = next((one for one in (await desk.view()).tenants if one.name == name), None)
             if row is None or not row.alive or row.trim_wanted == 0 or time.monotonic() >= until:
                 # Answered, or never to be, or late: the ledger says which.
                 answer["given"] = await desk.order(lambda ledger: ledger.wait_trim(name, revision, 0))
                 break
-            await asyncio.sleep(LOOK_S)
+            rest = await _rest(rest, until)
         return answer
 
     async def _forget(self, request: Forget) -> dict[str, Any]:
         desk = self._desk((await self._find(request.tenant, request.device)).device)
         await desk.order(lambda ledger: ledger.forget(request.tenant))
         return {"device": desk.device, "tenant": request.tenant, "forgotten": True}
+
+
+async def _rest(seconds: float, until: float) -> float:
+    """Sleeps, not beyond `until`; returns how long to sleep the next time."""
+    await asyncio.sleep(min(seconds, max(0.0, until - time.monotonic())))
+    return min(SLOWER * seconds, LAST_LOOK_S)

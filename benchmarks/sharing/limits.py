@@ -1,0 +1,147 @@
+"""How long until a tenant that runs has acknowledged a limit, from the order on.
+
+    python benchmarks/sharing/limits.py [--orders 200]
+
+The tenant is a process of its own: once idle, once busy (it allocates and frees all the time). Orders lower and raise
+its limit in turn. "now": the order is under what its requests use, so that it has to preempt some and is acknowledged
+once it holds no more: 288 MiB less. Each is ordered through the ledger itself, as `elastickv limit` does, and over the control
+socket, whose server is a third process.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import common
+
+import elastickv
+from elastickv import _core
+from elastickv.control import Client
+from elastickv.limits import LimitOrder, place_order, wait_for_order
+
+PAGE = 2 * common.MIB
+"""As on a GPU. A block is a page here."""
+CAPACITY = common.GIB
+BLOCKS = CAPACITY // PAGE
+HIGH, LOW = 384 * common.MIB, 96 * common.MIB
+REQUEST = 8
+"""Blocks of one request of the busy tenant."""
+ACKNOWLEDGED_MS = 200.0
+"""What the project promises for a tenant that is alive."""
+
+Order = Callable[[int, bool], LimitOrder]
+
+
+def idle_tenant(directory: str) -> None:
+    with elastickv.open_device("host", capacity=CAPACITY, directory=directory) as device:
+        cache = device.join("tenant", page=PAGE).cache(num_blocks=BLOCKS, block_bytes=PAGE)
+        cache.free(cache.alloc(HIGH // PAGE - 8) or [], cached=True)
+        common.answer("ready")
+        sys.stdin.read()
+
+
+def busy_tenant(directory: str) -> None:
+    """Requests come and go in one thread; those that are asked to go for a limit go in the cache's own."""
+    running: list[list[int]] = []
+    lock = threading.Lock()
+
+    def preempt(blocks: int) -> None:
+        with lock:
+            while running and blocks > 0:
+                ids = running.pop()
+                cache.free(ids)
+                blocks -= len(ids)
+
+    with elastickv.open_device("host", capacity=CAPACITY, directory=directory) as device:
+        cache = device.join("tenant", page=PAGE).cache(num_blocks=BLOCKS, block_bytes=PAGE, on_preempt=preempt)
+        stop = threading.Event()
+        threading.Thread(target=lambda: (sys.stdin.read(), stop.set()), daemon=True).start()
+        common.answer("ready")
+        while not stop.is_set():
+            ids = cache.alloc(REQUEST)
+            with lock:
+                running += [ids] if ids else []
+                done = running.pop(0) if ids is None or len(running) > HIGH // PAGE // REQUEST else None
+            if done:
+                cache.free(done, cached=True)
+            if ids is None:
+                time.sleep(0.001)  # a step of an engine that is full
+
+
+@contextmanager
+def control_server(directory: str) -> Iterator[Client]:
+    command = [sys.executable, "-m", "elastickv.cli", "control", "--dir", directory]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            if process.stdout is None or not process.stdout.readline():
+                raise RuntimeError(f"the control server ended with {process.wait(20)}")
+            with Client(directory) as client:
+                yield client
+        finally:
+            process.terminate()
+            process.wait(20)
+
+
+def milliseconds(order: Order, count: int, *, now: bool) -> dict[str, float]:
+    """Lowers and raises the limit in turn; of `now` orders only the lowering is measured."""
+    times = []
+    for number in range(count):
+        begin = time.perf_counter()
+        done = order(LOW if now or number % 2 else HIGH, now)
+        times.append((time.perf_counter() - begin) * 1000)
+        if done.state != "acknowledged" or (now and done.above):
+            raise RuntimeError(f"order {number} was not acknowledged: {done}")
+        if now:
+            order(HIGH, False)
+            time.sleep(0.02)  # requests come back
+    return common.spread(times)
+
+
+def measure(kind: str, orders: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        directory = str(Path(folder) / "ledgers")
+        with common.neighbour(__file__, kind, directory) as tenant, control_server(directory) as client:
+            tenant.say("")
+
+            def by_ledger(size: int, now: bool) -> LimitOrder:
+                ledger = _core.Ledger.open(directory, "host")
+                return wait_for_order(ledger, "tenant", place_order(ledger, "tenant", size, now), 30)
+
+            def by_socket(size: int, now: bool) -> LimitOrder:
+                return client.set_limit("tenant", size, now=now, wait=30)
+
+            found: dict[str, Any] = {}
+            for way, order in (("ledger", by_ledger), ("socket", by_socket)):
+                found[way] = {"plain, ms": milliseconds(order, orders, now=False)}
+                if kind == "busy":
+                    found[way]["now, ms"] = milliseconds(order, orders, now=True)
+            return found
+
+
+def main() -> int:
+    if len(sys.argv) == 3 and sys.argv[1] in ("idle", "busy"):
+        {"idle": idle_tenant, "busy": busy_tenant}[sys.argv[1]](sys.argv[2])
+        return 0
+    parser = common.parser(__doc__)
+    parser.add_argument("--orders", type=int, default=200, help="of each kind (200)")
+    options = parser.parse_args()
+    figures = {kind: measure(kind, options.orders) for kind in ("idle", "busy")}
+    targets = {
+        f"{kind}, by {way}, {what.partition(',')[0]}: p99 ms": (spread["p99"], "most", ACKNOWLEDGED_MS)
+        for kind, ways in figures.items()
+        for way, kinds in ways.items()
+        for what, spread in kinds.items()
+    }
+    return common.write("limits", {"orders of each kind": options.orders, **figures}, targets, options.output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
