@@ -4,8 +4,8 @@
 
 The tenant is a process of its own: once idle, once busy (it allocates and frees all the time). Orders lower and raise
 its limit in turn. "now": the order is under what its requests use, so that it has to preempt some and is acknowledged
-once it holds no more: 288 MiB less. Each is ordered through the ledger itself, as `elastickv limit` does, and over the control
-socket, whose server is a third process.
+once it holds no more: 288 MiB less. Each is ordered through the ledger itself, as `elastickv limit` does, and over the
+control socket, whose server is a third process.
 """
 
 from __future__ import annotations
@@ -18,15 +18,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import common
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import elastickv
+from benchmarks.common import options
+from benchmarks.common.result import Result, Row, Target
 from elastickv import _core
 from elastickv.control import Client
 from elastickv.limits import LimitOrder, place_order, wait_for_order
 
+FULL = {"orders": 200}
+SMALL = {"orders": 10}
+ABOUT = {"orders": "of each kind"}
 PAGE = 2 * common.MIB
 """As on a GPU. A block is a page here."""
 CAPACITY = common.GIB
@@ -34,8 +40,8 @@ BLOCKS = CAPACITY // PAGE
 HIGH, LOW = 384 * common.MIB, 96 * common.MIB
 REQUEST = 8
 """Blocks of one request of the busy tenant."""
-ACKNOWLEDGED_MS = 200.0
-"""What the project promises for a tenant that is alive."""
+ACKNOWLEDGED = Target("with", "most", 200.0)
+"""Milliseconds that the project promises for a tenant that is alive."""
 
 Order = Callable[[int, bool], LimitOrder]
 
@@ -90,7 +96,7 @@ def control_server(directory: str) -> Iterator[Client]:
             process.wait(20)
 
 
-def milliseconds(order: Order, count: int, *, now: bool) -> dict[str, float]:
+def milliseconds(order: Order, count: int, *, now: bool) -> list[float]:
     """Lowers and raises the limit in turn; of `now` orders only the lowering is measured."""
     times = []
     for number in range(count):
@@ -102,10 +108,17 @@ def milliseconds(order: Order, count: int, *, now: bool) -> dict[str, float]:
         if now:
             order(HIGH, False)
             time.sleep(0.02)  # requests come back
-    return common.spread(times)
+    return times
 
 
-def measure(kind: str, orders: int) -> dict[str, Any]:
+def record(result: Result, what: str, times: list[float]) -> None:
+    spread = common.spread(times)
+    for name, target in (("p50", None), ("p99", ACKNOWLEDGED), ("max", None)):
+        result.rows.append(Row(f"{what}: {name}", "ms", spread[name], target=target))
+    result.samples[what] = [round(one, 3) for one in times]
+
+
+def measure(kind: str, orders: int, result: Result) -> None:
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         directory = str(Path(folder) / "ledgers")
         with common.neighbour(__file__, kind, directory) as tenant, control_server(directory) as client:
@@ -118,29 +131,22 @@ def measure(kind: str, orders: int) -> dict[str, Any]:
             def by_socket(size: int, now: bool) -> LimitOrder:
                 return client.set_limit("tenant", size, now=now, wait=30)
 
-            found: dict[str, Any] = {}
-            for way, order in (("ledger", by_ledger), ("socket", by_socket)):
-                found[way] = {"plain, ms": milliseconds(order, orders, now=False)}
+            for way, order in (("ledger", by_ledger), ("control socket", by_socket)):
+                record(result, f"{kind}, by {way}", milliseconds(order, orders, now=False))
                 if kind == "busy":
-                    found[way]["now, ms"] = milliseconds(order, orders, now=True)
-            return found
+                    record(result, f"busy, now, by {way}", milliseconds(order, orders, now=True))
 
 
 def main() -> int:
     if len(sys.argv) == 3 and sys.argv[1] in ("idle", "busy"):
         {"idle": idle_tenant, "busy": busy_tenant}[sys.argv[1]](sys.argv[2])
         return 0
-    parser = common.parser(__doc__)
-    parser.add_argument("--orders", type=int, default=200, help="of each kind (200)")
-    options = parser.parse_args()
-    figures = {kind: measure(kind, options.orders) for kind in ("idle", "busy")}
-    targets = {
-        f"{kind}, by {way}, {what.partition(',')[0]}: p99 ms": (spread["p99"], "most", ACKNOWLEDGED_MS)
-        for kind, ways in figures.items()
-        for way, kinds in ways.items()
-        for what, spread in kinds.items()
-    }
-    return common.write("limits", {"orders of each kind": options.orders, **figures}, targets, options.output)
+    chosen = options.parse(__doc__, FULL, SMALL, ABOUT)
+    result = Result("sharing/limits", "", chosen.small, "host", {"orders": chosen.orders})
+    for kind in ("idle", "busy"):
+        measure(kind, chosen.orders, result)
+    result.write(chosen.output or common.RESULTS)
+    return 0
 
 
 if __name__ == "__main__":
