@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import pytest
 
+from elastickv._core import Ledger
 from elastickv.config import Settings
 from elastickv.errors import EngineRefused
 from elastickv.memory import Cache, RankGeometry, RankMemory
@@ -31,7 +32,8 @@ class World:
         from elastickv.engines.vllm.blockpool import ElasticBlockPool, adopt
 
         arguments = {"capacity": capacity * BLOCK, "device": "host", "directory": str(directory), "stock": 0}
-        settings = Settings.load(arguments={**arguments, "idle_release": "1h", "name": name})
+        more = {key: options.pop(key) for key in ("max_extent", "cache_limit") if key in options}
+        settings = Settings.load(arguments={**arguments, "idle_release": "1h", "name": name, **more})
         self.cache = Cache.create(settings, num_blocks=BLOCKS, ranks=[RankGeometry("host", 1, BLOCK)])
         self.memory = RankMemory.attach(self.cache.rank_spec(0))
         self.cache.wait_ready(10)
@@ -132,6 +134,54 @@ def test_it_evicts_the_oldest_and_says_so(world: World) -> None:
     events = pool.take_events()
     assert [type(event) for event in events] == [BlockRemoved] * 3
     assert all(block.block_hash is None for block in taken)
+
+
+def removed(pool: Any) -> list[int]:
+    """The numbers of give_hashes() whose blocks were said to be gone."""
+    from vllm.distributed.kv_events import BlockRemoved
+
+    events = pool.take_events()
+    assert all(type(event) is BlockRemoved for event in events)
+    hashes = [block for event in events for block in event.block_hashes]
+    return [int.from_bytes(one, "big") if isinstance(one, bytes) else int(one) for one in hashes]
+
+
+def test_a_neighbour_takes_the_thinly_filled_extent_and_its_blocks_are_told(directory: Path) -> None:
+    world = World(directory, enable_kv_cache_events=True, max_extent=8 * BLOCK)
+    pool = world.pool
+    blocks = world.allocate(60)  # in extents of two blocks, behind block 0
+    give_hashes(pool, blocks[:2])
+    give_hashes(pool, blocks[2:3], 2)
+    pool.take_events()
+    pool.free_blocks(blocks[:2])  # an extent full of cached blocks, and older
+    pool.free_blocks(blocks[2:4])  # one with a single cached block
+    ledger = Ledger.open(str(directory), "host")
+    neighbour = ledger.join("neighbour")
+    wanted = ledger.view()["capacity"] - world.cache.pool.stats()["leased"] + BLOCK
+    assert not neighbour.lease(wanted, ring=True)
+    world.maintain()
+    assert removed(pool) == [2]
+    assert (cached(pool, 0), cached(pool, 1), cached(pool, 2)) == (blocks[0], blocks[1], None)
+    until = time.monotonic() + 10
+    while not neighbour.lease(wanted, ring=True):
+        assert time.monotonic() < until
+        time.sleep(0.001)
+    neighbour.close()
+    world.close()
+
+
+def test_what_the_cache_limit_drops_is_told(directory: Path) -> None:
+    world = World(directory, enable_kv_cache_events=True, cache_limit=4 * BLOCK)
+    pool = world.pool
+    blocks = world.allocate(10)
+    give_hashes(pool, blocks)
+    pool.take_events()
+    pool.free_blocks(blocks[:7])
+    assert world.cache.pool.attention()
+    world.maintain()
+    assert sorted(removed(pool)) == [0, 1, 2]
+    assert all(cached(pool, number) is blocks[number] for number in range(3, 10))
+    world.close()
 
 
 def test_more_than_there_is(world: World) -> None:
