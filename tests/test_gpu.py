@@ -205,6 +205,49 @@ def test_the_loader_finds_the_library_and_nothing_is_loaded_before_it_is_needed(
     assert done.stdout.splitlines() == [repr([B, A]), "True False"]
 
 
+CONTEXTS = """
+import ctypes, sys
+cuda = ctypes.CDLL("libcuda.so.1")
+cuda.standin_reset(1, 0, 0, 0)
+import elastickv
+from elastickv.cli import main
+from elastickv.errors import NotFound
+from elastickv.memory import gpu
+
+def call(*words):
+    sys.argv = ["elastickv", *words]
+    try:
+        main()
+    except SystemExit as leaving:
+        print(words[0], leaving.code or 0)
+
+(name,) = gpu.visible_devices()
+with elastickv.open_device("cuda:0", capacity="64MiB", directory=sys.argv[1]) as device:
+    assert device.view().device == name
+    place = ["--dir", sys.argv[1]]
+    call("status", *place)
+    call("doctor", *place)
+try:
+    elastickv.open_device("1", directory=place[1])
+except NotFound as error:
+    print(error)
+print("contexts", cuda.standin_calls(b"cuDevicePrimaryCtxRetain"), cuda.standin_calls(b"cuCtxSetCurrent"))
+"""
+
+
+def test_who_only_looks_makes_no_cuda_context(say: Say, libraries: Path, tmp_path: Path) -> None:
+    name = "GPU-10111213-1415-1617-1819-1a1b1c1d1e00"
+    say(f"gpu {name} {80 * GIB} {GIB} NVIDIA H100")
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(libraries)}
+    command = [sys.executable, "-c", CONTEXTS, str(tmp_path / "ledgers")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "contexts 0 0"
+    assert f"there is no GPU 1 in this process; it sees {name}" in lines[-2]
+    assert "status 0" in lines
+    assert "79 GiB free of 80 GiB" in done.stdout
+
+
 @pytest.mark.vllm
 def test_vllm_for_cpus_chooses_the_cpu_all_the_same(say: Say, libraries: Path) -> None:
     """vLLM asks NVML for its platform: neither the package nor a GPU that it shows may change a CPU build's."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -83,6 +84,41 @@ def test_the_module_names_no_cuda_library_to_the_loader(wheel: Path, tmp_path: P
     assert "libc.so" in needed
     assert "cuda" not in needed
     assert "torch" not in needed
+
+
+@pytest.mark.slow
+def test_the_module_takes_no_symbol_of_cuda_or_pytorch(wheel: Path, tmp_path: Path) -> None:
+    """So the same file imports next to any PyTorch, and next to none."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if "/_core." in name and name.endswith(".so")]
+        module = Path(archive.extract(name, tmp_path))
+    nm = shutil.which("nm")
+    assert nm, "no nm; install binutils"
+    taken = subprocess.run([nm, "-D", "--undefined-only", str(module)], capture_output=True, text=True, check=True)
+    symbols = {line.split()[-1] for line in taken.stdout.splitlines()}
+    assert "dlopen" in {symbol.partition("@")[0] for symbol in symbols}
+    assert [symbol for symbol in symbols if re.search(r"^cu[A-Z]|^cuda|^nv|torch|c10|at[0-9]", symbol)] == []
+
+
+@pytest.mark.slow
+def test_the_wheel_works_alone_and_says_what_a_gpu_would_take(wheel: Path, tmp_path: Path) -> None:
+    """Unpacked where no other package is: the core needs none, not PyTorch, NumPy or NVIDIA's libraries."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    program = (
+        f"import sys; sys.path = [{str(tmp_path)!r}] + [p for p in sys.path if 'site-packages' not in p]\n"
+        "from elastickv import _core\nfrom elastickv.errors import NotFound\n"
+        "assert _core.open_driver('host').device_id == 'host'\n"
+        "try: _core.open_driver('cuda:0')\n"
+        "except NotFound as error: print(error)\n"
+    )
+    environment = {"LD_LIBRARY_PATH": str(tmp_path / "none"), "PATH": os.environ["PATH"]}
+    command = [sys.executable, "-I", "-S", "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
+    if not done.stdout:
+        pytest.skip("this machine has a GPU")
+    assert "libcuda.so.1" in done.stdout
+    assert "install the NVIDIA driver" in done.stdout
 
 
 def test_importing_the_package_imports_no_engine_and_no_numpy() -> None:

@@ -16,6 +16,7 @@ from elastickv.engines import NAMES, adapter
 from elastickv.errors import ElasticKVError
 from elastickv.ledger import open_ledger, read_device
 from elastickv.ledgers import device_names
+from elastickv.memory import gpu
 from elastickv.units import format_size
 
 __all__ = ["Finding", "directory", "driver", "engine_checks", "everything", "ledgers"]
@@ -91,13 +92,19 @@ def driver(device: str, *, needed: bool) -> Finding:
     check = f"driver {device.partition(':')[0]}"
     try:
         opened = _core.open_driver(device)
-        free, total = opened.memory_info()
+        free, total = opened.memory_info() if opened.on_cpu else _gpu_memory(opened.device_id)
     except ElasticKVError as error:
         return Finding(check, "bad" if needed else "note", f"not usable here: {error}")
     text = (
         f"{opened.device_id}, page {format_size(opened.granularity)}, {format_size(free)} free of {format_size(total)}"
     )
     return Finding(check, "ok", text)
+
+
+def _gpu_memory(uuid: str) -> tuple[int, int]:
+    """(free, total), without a CUDA context."""
+    total, used = gpu.device_memory(uuid)
+    return total - used, total
 
 
 def engine_checks(name: str) -> Iterator[Finding]:

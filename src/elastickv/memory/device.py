@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
-from elastickv import _core
 from elastickv.config import Settings
-from elastickv.errors import InvalidArgument
+from elastickv.errors import InvalidArgument, NotFound
 from elastickv.ledger import DeviceView
+from elastickv.memory import gpu
 from elastickv.memory.cache import Cache
 from elastickv.memory.capacity import open_device_ledger
 from elastickv.memory.geometry import RankGeometry
@@ -42,7 +42,11 @@ def _lasting_name(device: str) -> str:
     """The UUID in place of a GPU's number: processes number the same GPUs differently, and share a ledger by name."""
     if device == "auto" or device == "host" or "-" in device:
         return device
-    return _core.open_driver(device if device.startswith("cuda:") else f"cuda:{device}").device_id
+    number, names = int(device.removeprefix("cuda:")), gpu.visible_devices()
+    if number >= len(names):
+        there = f"it sees {', '.join(names)}" if names else "it sees none"
+        raise NotFound(f"there is no GPU {number} in this process; {there} (CUDA_VISIBLE_DEVICES chooses what it sees)")
+    return names[number]
 
 
 class Device:
