@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from elastickv.config import Settings
 from elastickv.errors import DeadlineExceeded, InvalidArgument, LimitExceeded, Unavailable
 from elastickv.ledger import DeviceView, order_limit, read_device
 from elastickv.memory import Cache, RankGeometry, Tenancy
+from support import Outcome
 
 MIB = 1024 * 1024
 GPUS = ("GPU-1", "GPU-2")
@@ -194,6 +196,16 @@ def test_a_cache_without_room_leaves_the_tenant_as_it_was(directory: Path) -> No
     with pytest.raises(InvalidArgument, match=r"two are needed, the budget is 0 bytes; raise --limit"):
         Cache.within(tenancy, num_blocks=1024, ranks=[shape])
     assert look(directory).tenant("one").static_bytes == 16 * MIB
+    tenancy.close()
+
+
+def test_status_shows_who_sleeps(directory: Path, cli: Callable[..., Outcome]) -> None:
+    tenancy = Tenancy.join(settings(directory, "one"), ["host"], engine="test 1")
+    tenancy.tenants["host"].describe(engine="test 1, asleep: weights")
+    assert look(directory).tenant("one").asleep
+    assert f"asleep (pid {os.getpid()})" in " ".join(cli("status", "--dir", directory).out.split())
+    tenancy.tenants["host"].describe(engine="test 1")
+    assert not look(directory).tenant("one").asleep
     tenancy.close()
 
 

@@ -150,6 +150,11 @@ class TenantView:
         return self.leased + self.static_bytes
 
     @property
+    def asleep(self) -> bool:
+        """Whether its engine says that it sleeps: "vllm 0.32.0, asleep: kv_cache, weights"."""
+        return self.alive and ", asleep" in self.engine
+
+    @property
     def wanted(self) -> Limit:
         """The limit that was ordered: no lease goes above it."""
         return Limit(self.limit_wanted, self.limit_wanted_rev)

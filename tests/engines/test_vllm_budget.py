@@ -157,6 +157,27 @@ def test_a_request_that_does_not_fit_in_the_device() -> None:
     )
 
 
+def test_what_is_leased_besides_is_not_the_caches() -> None:
+    crowded = host(limit=4 * MIB)._replace(static=2 * MIB)
+    assert refusal(Engine(4, length=1024), crowded) == (
+        "elastickv cannot manage this engine: one request of max_model_len 1024 tokens takes 32 blocks and vLLM's null "
+        "block, 2.25 MiB, and this tenant's limit of 4 MiB leaves 2 MiB beside its weights and graphs, which holds 32; "
+        "raise it, or lower --max-model-len (-1 lets it be chosen)"
+    )
+    made = Engine(4, length=320).plan(crowded)
+    assert made.configs[0].num_blocks == 1024, "addresses reach as far as the device"
+
+
+def test_others_that_leave_too_little_are_told_of() -> None:
+    """They may end before such a request comes, so the engine starts."""
+    engine = Engine(4, length=1024)
+    assert engine.plan(host(8 * MIB)._replace(static=2 * MIB, others=3 * MIB)).warning == ""
+    assert engine.plan(host(8 * MIB)._replace(static=2 * MIB, others=5 * MIB)).warning == (
+        "one request of max_model_len 1024 tokens takes 2.25 MiB of host, and floors and weights of others leave 1 MiB "
+        "now: such a request waits until they end"
+    )
+
+
 def test_a_block_that_does_not_fit() -> None:
     assert refusal(Engine(4, block=MIB), host(limit=6 * MIB)) == (
         "elastickv cannot manage this engine: a block of its KV cache is 4 MiB; vLLM's null block and one more take "

@@ -13,6 +13,7 @@ import pytest
 from elastickv._core import Ledger
 from elastickv.config import Settings
 from elastickv.errors import EngineRefused
+from elastickv.ledger import read_device
 from elastickv.memory import Cache, RankGeometry, RankMemory
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -161,6 +162,25 @@ def test_hooks_that_are_not_in_force_are_noticed(reports: list[dict[str, Any]], 
         f"elastickv is not in charge of {missing} of it (vLLM 0.32.0); please report this, "
         "or unset ELASTICKV to serve without it"
     )
+
+
+def test_a_start_that_fails_leaves_the_ledger_as_it_was(directory: Path) -> None:
+    """In the caller's process, which goes on: the name is free again, and nothing is leased."""
+    from elastickv.engines.vllm import session
+    from elastickv.memory import Tenancy
+    from elastickv.memory.tenancy import attach_member
+
+    made = session.Session.__new__(session.Session)
+    made.settings = Settings.load(arguments={"capacity": 17 * BLOCK, "directory": str(directory), "name": "one"})
+    made.cache = made._steward = None
+    made.tenancy = Tenancy.join(made.settings, ["host"])
+    made.tenancy.set_static({"host": 5 * BLOCK}, 0, "weights", print, lambda: None)
+    made.members = [attach_member(place) for place in made.tenancy.place(["host", "host"], publishes=True)]
+    made.close()
+    made.close()
+    view = read_device(Ledger.open(str(directory), "host"))
+    assert (view.held, view.living) == (0, ())
+    Tenancy.join(made.settings, ["host"]).close()
 
 
 def test_the_one_allocation_is_answered(cache: tuple[Cache, RankMemory]) -> None:

@@ -99,7 +99,7 @@ def test_two_start_at_one_moment_and_a_third_finds_no_room(tiny: Path, plain: Re
     for result in results:
         assert differences(plain.tokens, result.tokens) == []
         assert "elastickv has leased 2.51 MiB static for weights, graphs and activations" in result.log
-        assert "extent up to 64 KiB, 3 MiB static" in result.log
+        assert "extent up to 64 KiB, strict (no scratch pages), 3 MiB static" in result.log
     assert look(directory).held == 0
 
 
@@ -122,7 +122,16 @@ def test_it_waits_beside_a_neighbour_and_obeys_limits_meanwhile(tiny: Path, plai
             result = engine.finish()
         assert differences(plain.tokens, result.tokens) == []
         assert "elastickv waits for 2.51 MiB of host for weights, graphs and activations: of 12" in result.log
+        ledger = Ledger.open(str(directory), "host")
         assert look(directory).tenant("one").wanted.bytes == limit, "kept for its restart"
+        with pytest.raises(NotFound, match="does not run, so nobody can acknowledge its limit; the limit is kept"):
+            order_limit(ledger, "one", limit - MIB, 100)
+        with start(job(tiny, directory, "one")) as engine:
+            engine.wait_ready()
+            assert look(directory).tenant("one").applied.bytes == limit - MIB
+            restarted = engine.finish()
+    assert f"limit {(limit - MIB) // MIB} MiB" in restarted.log
+    assert differences(plain.tokens, restarted.tokens) == []
 
 
 def test_killed_while_it_loads_it_leaves_nothing(tiny: Path, directory: Path) -> None:

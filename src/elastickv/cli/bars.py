@@ -89,10 +89,10 @@ def number_line(parts: Parts) -> str:
 
 
 def state_of(tenant: TenantView) -> str:
-    """One word, and what is pending: "running", "running, wants 64 MiB", "not running, limit kept"."""
+    """One word, and what is pending: "running", "asleep, wants 64 MiB", "not running, limit kept"."""
     if not tenant.alive:
         return "not running, limit kept" if tenant.limit_wanted_rev else "not running"
-    words = ["running"]
+    words = ["asleep" if tenant.asleep else "running"]
     if tenant.demand:
         words.append(f"wants {short(tenant.demand)}")
     if tenant.limit_wanted_rev != tenant.limit_held_rev:

@@ -155,7 +155,8 @@ class Cache:
             f"elastickv manages the KV cache of {settings.tenant_name!r} on {', '.join(geometry.devices)}: "
             f"{format_size(virtual)} virtual in {geometry.num_blocks} blocks, floor {format_size(settings.floor)}, "
             f"limit {format_size(limit)}, layout {self.layout or 'one span'}, "
-            f"page {format_size(geometry.page_cost(device))}, extent up to {format_size(extent)}"
+            f"page {format_size(geometry.page_cost(device))}, extent up to {format_size(extent)}, "
+            f"strict (no scratch pages)"
         )
 
     def rank_stats(self) -> list[dict[str, Any]]:

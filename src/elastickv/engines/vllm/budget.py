@@ -27,13 +27,17 @@ Planner = Callable[[Any, list[dict[str, Any]], list[int]], list[Any]]
 
 
 class Device(NamedTuple):
-    """What is known of a device before the cache is made; bytes, limit None: no limit. static: leased besides."""
+    """What is known of a device before the cache is made; bytes, limit None: no limit. static: leased besides.
+
+    others: what other tenants hold that no request can get from them (floors, static bytes), and unmanaged memory.
+    """
 
     name: str
     page_bytes: int
     capacity: int
     limit: int | None
     static: int = 0
+    others: int = 0
 
     @property
     def budget(self) -> int:
@@ -54,6 +58,8 @@ class Plan(NamedTuple):
 
     configs: list[Any]
     ranks: list[RankGeometry]
+    warning: str = ""
+    """What would not fit while the others are as they are now."""
 
 
 def silence_vllm(config: Any, virtual: int | None) -> Wish:
@@ -141,7 +147,8 @@ def plan(
         raise EngineRefused(_request_too_large(config, costs, per_request, affordable))
     blocks = _virtual_blocks(shapes, costs, wish)
     config.cache_config.num_gpu_blocks_override = blocks
-    return Plan(planner(config, specs, [1] * len(specs)), shapes)
+    needs = _blocks_of_request(config, probed, concurrency)
+    return Plan(planner(config, specs, [1] * len(specs)), shapes, _crowded(config, costs, needs + 1))
 
 
 def _probe(planner: Planner, config: Any, specs: list[dict[str, Any]]) -> list[Any]:
@@ -195,6 +202,19 @@ def _virtual_blocks(shapes: Sequence[RankGeometry], costs: _Costs, wish: Wish) -
         wanted = costs.blocks_within({n: wish.virtual or device.capacity for n, device in costs.devices.items()})
     step = costs.step
     return max(wanted // step * step, math.ceil(2 / step) * step)
+
+
+def _crowded(config: Any, costs: _Costs, blocks: int) -> str:
+    """Floors and weights of others may leave too little for the longest request; that changes when they end."""
+    for name, device in costs.devices.items():
+        left = min(device.budget, max(0, device.capacity - device.others - device.static))
+        if costs.of(name, blocks) > left:
+            return (
+                f"one request of max_model_len {config.model_config.max_model_len} tokens takes "
+                f"{format_size(costs.of(name, blocks))} of {name}, and floors and weights of others leave "
+                f"{format_size(left)} now: such a request waits until they end"
+            )
+    return ""
 
 
 def _block_too_large(shapes: Sequence[RankGeometry], costs: _Costs) -> str:

@@ -146,10 +146,12 @@ class Session:
             tenant.describe(engine=text)
 
     def _device(self, tenancy: Tenancy, name: str) -> budget.Device:
-        capacity = tenancy.view(name).capacity
+        view = tenancy.view(name)
         tenant = tenancy.tenants[name]
-        page = device_page(name, self.settings, capacity)
-        return budget.Device(name, page, capacity, tenant.limit_wanted[0], tenant.static_bytes)
+        page = device_page(name, self.settings, view.capacity)
+        firm = sum(max(row.floor, row.static_bytes) for row in view.living if row.incarnation != tenant.incarnation)
+        limit, others = tenant.limit_wanted[0], firm + view.unmanaged
+        return budget.Device(name, page, view.capacity, limit, tenant.static_bytes, others)
 
     def _while_waiting(self) -> None:
         """What must go on while the engine's thread waits for its neighbours."""
@@ -169,6 +171,8 @@ class Session:
         planned = budget.plan(planner, self.config, specs, self.devices, self.wish, counted)
         gate.check_groups(planned.configs[0].kv_cache_groups, on_cpu=on_cpu)
         self.shapes = planned.ranks
+        if planned.warning:
+            _logger.warning("elastickv: %s", planned.warning)
         return planned.configs
 
     def create_cache(self, configs: list[Any]) -> None:
