@@ -11,7 +11,7 @@ import pytest
 
 from elastickv._core import Ledger
 from elastickv.config import Settings
-from elastickv.errors import EngineRefused
+from elastickv.errors import DriverError, EngineRefused
 from elastickv.ledger import read_device
 from elastickv.memory import Tenancy, gpu
 from elastickv.memory.tenancy import attach_member
@@ -101,7 +101,8 @@ class Torch:
 
 def worker(mapped: int = 0) -> Any:
     memory = SimpleNamespace(mapped_bytes=mapped * MIB)
-    return SimpleNamespace(device=SimpleNamespace(type="cuda"), elastickv=SimpleNamespace(memory=memory))
+    backing = SimpleNamespace(memory=memory)
+    return SimpleNamespace(device=SimpleNamespace(type="cuda"), elastickv=backing, elastickv_device=A)
 
 
 def measured(**more: Any) -> dict[str, Any]:
@@ -119,6 +120,12 @@ def test_a_gpu_worker_without_its_cache(monkeypatch: pytest.MonkeyPatch) -> None
 def test_where_nvml_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     Torch(monkeypatch, reserved=800, peak=1000, process=None)
     assert measured() == {"used": 800 + 640, "peak": 1000 + 640, "asleep": {}}
+
+    def broken(uuid: str, pid: int) -> int:
+        raise DriverError("lost")
+
+    monkeypatch.setattr(gpu, "process_memory", broken)
+    assert measured()["used"] == 800 + 640
 
 
 def test_what_sleeps_is_not_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

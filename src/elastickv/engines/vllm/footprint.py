@@ -80,7 +80,11 @@ def _packed_bytes(layer: Any) -> int:
 
 def _outside(worker: Any, reserved: int) -> int:
     """What the process has besides PyTorch's and the cache's memory."""
-    seen = gpu.process_memory(device_of(worker), os.getpid())
+    try:
+        seen = gpu.process_memory(worker.elastickv_device, os.getpid())
+    except ElasticKVError as error:
+        _logger.warning("elastickv estimates what this rank has besides PyTorch's memory: %s", error)
+        seen = None
     if seen is None:
         return _CONTEXT
     backing = getattr(worker, "elastickv", None)
@@ -121,11 +125,7 @@ class Publisher:
 
     def _run(self) -> None:
         while not self._stopping.wait(_EVERY_S):
-            try:
-                self._member.publish_static_used(_on_gpu(self._worker)["used"])
-            except ElasticKVError as error:  # what is not published counts as unmanaged: the safe side
-                _logger.warning("elastickv cannot say what this rank has on its GPU: %s", error)
-                return
+            self._member.publish_static_used(_on_gpu(self._worker)["used"])
 
     def stop(self) -> None:
         """Ends the thread."""

@@ -83,6 +83,8 @@ def _load_model(original: Method) -> Method:
         place = getattr(self.vllm_config, "elastickv_place", None)
         if place is None:
             raise EngineRefused(_OFF_IN_ENGINE)
+        self.elastickv_device = place[self.rank]["device"]
+        """Its name on the ledger; a MIG instance's differs from what PyTorch says."""
         member = attach_member(place[self.rank])
         if here is not None:
             here.members.append(member)
