@@ -308,6 +308,17 @@ def test_windows_do_not_grow_with_a_request_unless_they_are_held() -> None:
     assert (held.growing, held.blocks_of(16_000), held.fixed_blocks) == (4, 4000, 0)
 
 
+def test_the_most_blocks_of_a_prompt() -> None:
+    window = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 64}
+    shape = shape_of(window, in_flight=128)
+    # 896 tokens: 56 blocks, and those from token 768 - 63 on; 944: 59, and those from token 896 - 63 on.
+    assert shape.peak_of(944) == max(56 + 56 - 44, 59 + 59 - 52)
+    assert shape.peak_of(100) == 7 + 7
+    assert shape_of(window, in_flight=128, hold_windows=True).peak_of(944) == 59 + 59
+    chunk = {"layer_types": ["full_attention", "chunked_attention"], "attention_chunk_size": 256}
+    assert shape_of(chunk, in_flight=128).peak_of(896) == 56 + 56 - 48
+
+
 def test_states_decide_the_block() -> None:
     state = {"model_type": "lfm2", "conv_L_cache": 3, "conv_dim": 65536}
     shape = shape_of({**state, "full_attn_idxs": [1, 3]})

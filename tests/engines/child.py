@@ -82,13 +82,14 @@ def _round(llm: Any, vllm: Any, number: int, prompts: list[Any], job: dict[str, 
     first = [0.0] * len(prompts)
     damaged: list[Any] = []
     cached = [0] * len(prompts)
-    steps = probed = 0
+    probed: list[Any] = []
+    steps = 0
     order = _Order(job, llm)
     while engine.has_unfinished_requests():
         if steps == job["damage_at"]:
             damaged = llm.collective_rpc(f"{job['damage']}_blocks", args=(job["damage_blocks"],))
         if job["probe"]:
-            probed += sum(llm.collective_rpc(job["probe"]))
+            probed.append(llm.collective_rpc(job["probe"])[0])
         order.before(steps)
         for output in engine.step():
             i = int(output.request_id.split("-")[1])

@@ -34,6 +34,13 @@ class WorkerExtension:
                 seen |= ids
         return len(twice)
 
+    def pool_blocks(self: Any) -> list[int]:
+        """How many blocks of the elastic pool are used, and how many cached; of an engine in one process."""
+        from elastickv.engines.vllm import session
+
+        stats = session.find(self.vllm_config).pool.native.stats()
+        return [int(stats["used_blocks"]), int(stats["cached_blocks"])]
+
     def corrupt_blocks(self: Any, count: int) -> list[int]:
         """Overwrites, in every layer, `count` blocks that running requests use; returns which."""
         chosen = self.used_blocks()[:count]

@@ -63,7 +63,7 @@ class Job:
 
     `core`: the CPU that the engine is bound to, None: all of them. `damage_at`: in every round, before this step,
     `damage_blocks` blocks in use are damaged: "corrupt" overwrites them, "unmap" takes the memory behind them away.
-    `probe`: a method of the worker that returns a number, called before every step; a round has the sum.
+    `probe`: a method of the (first) worker, called before every step; a round has its answers.
     `environment` is laid over ENVIRONMENT and this process's own.
     """
 
@@ -111,7 +111,7 @@ class Round:
     seconds: float
     cpu_seconds: float
     damaged: list[Any]
-    probed: int = 0
+    probed: list[Any] = field(default_factory=list)
     held: list[list[int]] = field(default_factory=list)
     """With an order: bytes held, revisions of the limit held and wanted, and requests running, after each step from the
     one before the order on."""

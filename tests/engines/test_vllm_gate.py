@@ -77,7 +77,11 @@ CONNECTORS = {
     "MooncakeConnector": "registers the whole cache with the network card and may bring its own memory",
     "MooncakeStoreConnector": "registers the whole cache with its store",
     "MoRIIOConnector": "registers the whole cache with the network card",
-    "P2pNcclConnector": "sends from addresses that it keeps",
+    "LMCacheConnectorV1": "copies from addresses that it keeps, on streams of its own",
+    "LMCacheMPConnector": "shares the whole cache with another process",
+    "FlexKVConnectorV1": "shares the whole cache with another process",
+    "HF3FSKVConnector": "copies from addresses that it keeps, on streams of its own",
+    "ExampleHiddenStatesConnector": "reads blocks on a stream of its own when their request has given them up",
     "DecodeBenchConnector": "fills the whole cache at start",
     "HiSparseConnector": "keeps reading blocks that it has given up",
     "SimpleCPUOffloadConnector": "walks vLLM's own list of free blocks",
@@ -99,6 +103,17 @@ def test_connectors_that_copy_pass() -> None:
     gate.check_config(config(kv_transfer_config=transfer("OffloadingConnector")))
     gate.check_config(config(kv_transfer_config=transfer("MultiConnector", "OffloadingConnector", "ExampleConnector")))
     gate.check_config(config(kv_transfer_config=SimpleNamespace(kv_connector=None, kv_connector_extra_config={})))
+
+
+@pytest.mark.vllm
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_somebody_has_looked_at_every_connector_of_the_installed_vllm() -> None:
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    registered = set(KVConnectorFactory._registry)
+    assert {name for name in registered if not gate.is_known_connector(name)} == set()
+    assert set(CONNECTORS) - registered == {"SomebodysConnector"}
+    assert registered > gate.CONNECTORS
 
 
 BACKENDS = {
@@ -206,6 +221,7 @@ def test_kinds_of_layers_that_nobody_has_looked_at() -> None:
 
 
 @pytest.mark.vllm
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_every_kind_of_layer_of_the_installed_vllm_is_known_or_refused_on_purpose() -> None:
     from vllm.v1 import kv_cache_interface
     from vllm.v1.kv_cache_interface import KVCacheSpec

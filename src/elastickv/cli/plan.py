@@ -37,6 +37,9 @@ T = TypeVar("T")
 
 _KV: Final = {"auto": None, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1, "bfloat16": 2, "float16": 2}
 _TYPES: Final = {"auto": None, "float32": 4, "bfloat16": 2, "float16": 2}
+_GPU_STEP: Final = 8192
+_HOST_STEP: Final = 4096
+"""vLLM's default tokens of a step: of `vllm serve` on a GPU of 70 GiB or more, and of its Python class on a CPU."""
 _HOLDING: Final = (0, 33)
 """From this version on vLLM lets go of blocks behind a window at once; before it elastickv holds them on a GPU."""
 
@@ -85,6 +88,10 @@ def plan(
     block_size: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Tokens a block. [default: as the engine]")
     ] = None,
+    max_num_batched_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Tokens of a step. [default: 8192 on a GPU, 4096 on the host]"),
+    ] = None,
     directory: opt.Directory = None,
     as_json: opt.Json = False,
 ) -> None:
@@ -98,7 +105,7 @@ def plan(
     floors = _each(floor or ["0"], models, "--floor")
     kinds = _each(kv_dtype or ["auto"], models, "--kv-dtype")
     lengths: list[int | None] = list(_each(max_model_len, models, "--max-model-len")) if max_model_len else []
-    serving = _Wish(place, tp, pp, _choice(dtype, _TYPES, "--dtype"), block_size)
+    serving = _Wish(place, tp, pp, _choice(dtype, _TYPES, "--dtype"), block_size, max_num_batched_tokens)
     made = [
         serving.model(
             Path(path),
@@ -124,6 +131,13 @@ class _Wish:
     pp: int
     width: int | None
     block_size: int | None
+    step: int | None
+
+    @property
+    def in_flight(self) -> int:
+        """Tokens of all steps that may be under way at once, as vLLM counts them."""
+        step = self.step or (_GPU_STEP if self.place.on_gpu else _HOST_STEP)
+        return step * (self.pp + 1 if self.place.on_gpu else self.pp)
 
     def model(self, path: Path, *, kv: int | None, length: int | None, floor: int) -> Model:
         read = read_architecture(path)
@@ -141,6 +155,7 @@ class _Wish:
             kv_width=kv or width,
             block_tokens=self.block_size,
             block_outermost=self.place.on_gpu,
+            in_flight=self.in_flight,
             hold_windows=self.place.on_gpu and _holds_windows(),
         )
         smaller = dataclasses.replace(serving, kv_width=1)

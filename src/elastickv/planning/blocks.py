@@ -96,8 +96,27 @@ class CacheShape:
         return self.growing * self.block_bytes / self.block_tokens
 
     def blocks_of(self, tokens: int) -> int:
-        """Blocks of one sequence of that many tokens."""
+        """Blocks that an engine wants to have for one sequence of that many tokens before it admits it."""
         return sum(self._blocks(group, tokens) for group in self.groups)
+
+    def peak_of(self, tokens: int) -> int:
+        """The most blocks that a prompt of that many tokens has at a time when it is computed alone.
+
+        It differs from blocks_of where windows are given back: a step's tokens come on top of a window, and the last
+        step may be a short one.
+        """
+        step = self.serving.in_flight
+        whole = tokens // step * step
+        moments = [(tokens, whole)] if tokens > whole else []
+        moments += [(whole, whole - step)] if whole else []
+        return max(sum(self._at(group, *moment) for group in self.groups) for moment in moments)
+
+    def _at(self, group: Group, tokens: int, before: int) -> int:
+        """Blocks of a group in the step that computes the tokens from `before` to `tokens`."""
+        if group.kind is Kind.STATE or self._grows(group):
+            return self._blocks(group, tokens)
+        behind = before - group.window + 1 if group.kind is Kind.WINDOW else before // group.window * group.window
+        return math.ceil(tokens / self.block_tokens) - max(0, behind) // self.block_tokens
 
     @property
     def fixed_blocks(self) -> int:

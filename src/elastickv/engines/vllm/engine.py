@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from vllm.platforms import current_platform
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from elastickv.config import Settings
@@ -111,9 +112,14 @@ def _get_kv_cache_configs(original: Method) -> Method:
 
 
 def _resolve_kv_cache_layout(original: Method) -> Method:
-    """Block-outermost layouts first, where the backends leave a choice: a page then serves whole blocks."""
+    """Block-outermost layouts first, where the backends leave a choice: a page then serves whole blocks.
+
+    Not on a CPU: its backend for latent attention says that it takes any layout, and fails with these.
+    """
 
     def wrapped(vllm_config: Any, supported_layouts: list[list[str]], kv_cache_specs: Any = None) -> Any:
+        if current_platform.is_cpu():
+            return original(vllm_config, supported_layouts, kv_cache_specs)
         ordered = [
             sorted(names, key=lambda name: not KVCacheLayout[name].is_block_outermost) for names in supported_layouts
         ]

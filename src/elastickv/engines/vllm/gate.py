@@ -8,7 +8,17 @@ from typing import Any, Final
 
 from elastickv.errors import EngineRefused
 
-__all__ = ["VERSIONS", "check_backends", "check_config", "check_groups", "check_version", "check_worker_class"]
+__all__ = [
+    "CONNECTORS",
+    "KINDS",
+    "VERSIONS",
+    "check_backends",
+    "check_config",
+    "check_groups",
+    "check_version",
+    "check_worker_class",
+    "is_known_connector",
+]
 
 VERSIONS: Final = ">=0.32,<0.34"
 _LOWEST: Final = (0, 32)
@@ -19,6 +29,9 @@ _EXECUTORS: Final = frozenset({"mp", "uni"})
 CONNECTORS: Final = frozenset({"ExampleConnector", "OffloadingConnector"})
 """Connectors that copy block by block, of blocks that they hold a reference to. No other is known to be safe."""
 
+_MULTI: Final = "MultiConnector"
+"""Several in one: each of them is looked at."""
+
 _REGISTERING: Final = {
     "NixlConnector": "registers the whole cache with the network card",
     "NixlPullConnector": "registers the whole cache with the network card",
@@ -26,7 +39,11 @@ _REGISTERING: Final = {
     "MooncakeConnector": "registers the whole cache with the network card and may bring its own memory",
     "MooncakeStoreConnector": "registers the whole cache with its store",
     "MoRIIOConnector": "registers the whole cache with the network card",
-    "P2pNcclConnector": "sends from addresses that it keeps",
+    "LMCacheConnectorV1": "copies from addresses that it keeps, on streams of its own",
+    "LMCacheMPConnector": "shares the whole cache with another process",
+    "FlexKVConnectorV1": "shares the whole cache with another process",
+    "HF3FSKVConnector": "copies from addresses that it keeps, on streams of its own",
+    "ExampleHiddenStatesConnector": "reads blocks on a stream of its own when their request has given them up",
     "DecodeBenchConnector": "fills the whole cache at start",
     "HiSparseConnector": "keeps reading blocks that it has given up",
     "SimpleCPUOffloadConnector": "walks vLLM's own list of free blocks",
@@ -52,6 +69,11 @@ _WORKER_METHODS: Final = ("_maybe_get_memory_pool_context", "initialize_from_con
 
 def _refuse(what: str, why: str, remedy: str) -> EngineRefused:
     return EngineRefused(f"elastickv cannot manage {what}: {why}; {remedy}, or unset ELASTICKV to serve without it")
+
+
+def is_known_connector(name: str) -> bool:
+    """Whether somebody has looked at the connector of that name, whatever came of it."""
+    return name in CONNECTORS or name in _REGISTERING or name == _MULTI
 
 
 def check_version(version: str) -> None:
@@ -103,7 +125,7 @@ def _connectors(transfer: Any) -> Iterable[str]:
     """Names of the connectors, also of those within a MultiConnector."""
     if not transfer.kv_connector:
         return
-    if transfer.kv_connector != "MultiConnector":
+    if transfer.kv_connector != _MULTI:
         yield transfer.kv_connector
         return
     for inner in (transfer.kv_connector_extra_config or {}).get("connectors", []):
