@@ -85,6 +85,20 @@ def test_a_plain_decoder() -> None:
     assert (model.max_length, model.quantisation, model.experts, model.tied) == (4096, None, 0, False)
     assert model.layers[0] is not None
     assert model.layers[0].width == 2 * 64
+    assert model.rotary == 4096 * 64
+
+
+def test_tables_of_positions() -> None:
+    def rotary(**change: Any) -> int:
+        return architecture_of({**LLAMA, **change}, "tiny").rotary
+
+    assert rotary(partial_rotary_factor=0.5) == 4096 * 32
+    assert rotary(position_embedding_type="nope") == 0
+    assert rotary(model_type="gemma3_text", head_dim=256) == 2 * 4096 * 256
+    both = {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
+    assert rotary(rope_parameters=both) == 2 * 4096 * 64
+    assert rotary(rope_parameters={"rope_theta": 1e4}) == 4096 * 64
+    assert rotary(model_type="deepseek_v3", kv_lora_rank=512, qk_rope_head_dim=32) == 4096 * 32
 
 
 @pytest.mark.parametrize(
@@ -424,7 +438,7 @@ def test_plan_on_a_device_of_a_size(cli: Cli, folder: Path) -> None:
     lines = outcome.out.splitlines()
     assert lines[0] == "GPU: 8 GiB"
     assert lines[1].split() == ["MODEL", "WEIGHTS", "GRAPHS", "FLOOR", "A", "TOKEN", "LONGEST", "REQUEST"]
-    assert lines[2].split() == ["tiny", "16", "MiB", "1.5", "GiB", "2", "GiB", "8", "KiB", "34", "MiB"]
+    assert lines[2].split() == ["tiny", "16.5", "MiB", "1.5", "GiB", "2", "GiB", "8", "KiB", "34", "MiB"]
     assert lines[3].split()[0] == "tiny#2"
     assert lines[-1].startswith("They fit: 3.5")
     assert all(len(line) <= 80 for line in lines)

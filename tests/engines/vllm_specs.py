@@ -91,7 +91,8 @@ class Reading:
                 tensor_parallel_size=self.tp, decode_context_parallel_size=1, pipeline_parallel_size=1
             ),
             scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
-            attention_config=SimpleNamespace(hisparse_config=None),
+            attention_config=SimpleNamespace(hisparse_config=None, backend=None),
+            kv_transfer_config=None,
             speculative_config=None,
             num_prefill_lookahead_tokens=0,
             num_speculative_tokens=0,

@@ -143,7 +143,8 @@ class _Wish:
         read = read_architecture(path)
         folder = path if path.is_dir() else path.parent
         width = self.width or min(2, read.dtype_bytes)
-        weights = max(read_checkpoint(folder).rank_bytes(read, tp=self.tp, pp=self.pp, width=width))
+        loaded = max(read_checkpoint(folder).rank_bytes(read, tp=self.tp, pp=self.pp, width=width))
+        weights = loaded + read.rotary * width
         longest = length or read.max_length
         if longest is None:
             raise InvalidArgument(f"plan: {read.name} does not say how long a request may be; give --max-model-len")

@@ -60,6 +60,8 @@ class Architecture:
     quantisation: str | None
     experts: int
     tied: bool
+    rotary: int = 0
+    """Elements of the tables of rotary positions, which every rank keeps whole and no checkpoint has."""
 
     @property
     def is_latent(self) -> bool:
@@ -150,6 +152,7 @@ def architecture_of(config: Mapping[str, Any], name: str) -> Architecture:
         quantisation=str(quantisation.get("quant_method")) if quantisation else None,
         experts=_experts(text),
         tied=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
+        rotary=_rotary(text, model, size),
     )
 
 
@@ -192,6 +195,16 @@ def _dtype_bytes(config: Mapping[str, Any], text: Mapping[str, Any]) -> int:
     if width is None:
         raise InvalidArgument(f"the type {found!r} is none of {', '.join(sorted(_DTYPES))}", dtype=str(found))
     return width
+
+
+def _rotary(text: Mapping[str, Any], model: str, head: int) -> int:
+    """Cosines and sines for every position and half of the turned part of a head, in each kind of rotation."""
+    if text.get("position_embedding_type", "rope") != "rope":
+        return 0
+    parameters = text.get("rope_parameters") or {}
+    kinds = sum(isinstance(value, dict) for value in parameters.values()) or (2 if model == "gemma3_text" else 1)
+    turned = text.get("qk_rope_head_dim") or int(head * text.get("partial_rotary_factor", 1))
+    return _integer(text, "max_position_embeddings", 0) * int(turned) * kinds
 
 
 def _experts(text: Mapping[str, Any]) -> int:
