@@ -96,6 +96,8 @@ def test_backends_that_refuse_block_outermost_are_refused_or_of_the_cpu(monkeypa
     monkeypatch.setattr(fa_utils, "get_scheduler_metadata", None, raising=False)
     seen, stubborn = set(), set()
     for member in AttentionBackendEnum:
+        if member.name.startswith("ROCM_"):  # of another maker's GPUs, which are not managed
+            continue
         try:
             backend = member.get_class()
             layouts = backend.supported_kv_cache_layouts()
