@@ -46,6 +46,13 @@ _HOLDING: Final = (0, 33)
 _EACH: Final = "One value for all models, or the option once for each, in their order."
 
 
+_DEVICE: Final = typer.Option(
+    metavar="DEVICE|SIZE",
+    help="A device with a ledger, a GPU's number or UUID, a GPU of a size (80GiB), or host:SIZE.",
+    show_default=False,
+)
+
+
 @dataclass(frozen=True)
 class Place:
     """The device that is planned for. Sizes in bytes."""
@@ -62,14 +69,7 @@ class Place:
 
 def plan(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Folders of models, or their config.json.")],
-    device: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DEVICE|SIZE",
-            help="A device with a ledger, a GPU's number or UUID, a GPU of a size (80GiB), or host:SIZE.",
-            show_default=False,
-        ),
-    ] = None,
+    device: Annotated[str | None, _DEVICE] = None,
     tp: Annotated[int, typer.Option("--tp", min=1, max=1024, help="Ranks of tensor parallelism, a GPU each.")] = 1,
     pp: Annotated[int, typer.Option("--pp", min=1, max=1024, help="Pipeline stages, a GPU each.")] = 1,
     dtype: Annotated[str, typer.Option(metavar="TYPE", help=f"Type of the weights: {', '.join(_TYPES)}.")] = "auto",
