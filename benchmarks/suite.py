@@ -67,7 +67,7 @@ def main() -> int:
     only = set(chosen.only.split(",")) if chosen.only else known
     if only - known:
         parser.error(f"no benchmark named {', '.join(sorted(only - known))}; there are {', '.join(sorted(known))}")
-    folder = chosen.output or RESULTS / slug("cpu" if chosen.device == "host" else gpu_says("name"))
+    folder = chosen.output or RESULTS / slug("cpu" if chosen.device == "host" else gpu_says("name", chosen.device))
     began = time.time()
     left_out, failed = run_all([one for one in TABLE if Path(one.path).stem in only], chosen, folder)
     for path in sorted(folder.glob("*.json")):

@@ -197,12 +197,12 @@ def hardware(device: str) -> dict[str, Any]:
     }
     if device == "host":
         return about
-    return {"gpu": gpu_says("name"), "driver": gpu_says("driver_version"), **about}
+    return {"gpu": gpu_says("name", device), "driver": gpu_says("driver_version", device), **about}
 
 
-def gpu_says(what: str) -> str:
-    """One field of the first GPU, from nvidia-smi."""
-    return _run(["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader", "--id=0"]).splitlines()[0].strip()
+def gpu_says(what: str, device: str) -> str:
+    """One field of a GPU, by its number, from nvidia-smi."""
+    return _run(["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader", f"--id={device}"]).splitlines()[0]
 
 
 def cpu() -> str:

@@ -29,7 +29,7 @@ SMALL = {**options.SMALL, "repeats": 1, "kv_size": "8MiB"}
 ABOUT = {**options.ABOUT, "shape": "tokens of prompt+answer", "kv_size": "KV cache of each engine"}
 CALL_S = 120.0
 SOON = Target("with", "most", 0.7)
-SLEEPS = {"VLLM_SERVER_DEV_MODE": "1"}
+SLEEPS = {"VLLM_SERVER_DEV_MODE": "1", "ELASTICKV_STATIC": "auto"}
 
 
 def main() -> int:
@@ -40,7 +40,8 @@ def main() -> int:
         return 3
     shape = Shape.parse(chosen.shape)
     result = Result("engine/wake", chosen.engine, chosen.small, chosen.device, options.settings(chosen))
-    with Fleet(chosen.engine, chosen.device, chosen.model, chosen.kv_size, chosen.start_deadline) as fleet:
+    # Weights are on the ledger here, for waking has to lease them first; what there is elastickv finds out by itself.
+    with Fleet(chosen.engine, chosen.device, chosen.model, 0, chosen.start_deadline) as fleet:
         most = sum(shape) + 16
         managed = Spec("managed", True, chosen.kv_size, False, chosen.seqs, most, {}, ("--enable-sleep-mode",), SLEEPS)
         plain, ours = fleet.up(plain_twin(managed, "plain", chosen.kv_size), managed)
@@ -68,9 +69,9 @@ def wake(server: Engine, shape: Shape, vocabulary: int, seed: int, result: Resul
 
     try:
         before = ask()
-        awake = used_bytes()
+        awake = used_bytes(result.device)
         httpx.post(f"{server.url}/sleep", params={"level": 1}, timeout=CALL_S).raise_for_status()
-        freed = awake - used_bytes()
+        freed = awake - used_bytes(result.device)
         began = time.monotonic()
         httpx.post(f"{server.url}/wake_up", timeout=CALL_S).raise_for_status()
         called = time.monotonic() - began
@@ -86,9 +87,9 @@ def wake(server: Engine, shape: Shape, vocabulary: int, seed: int, result: Resul
     return called + after.outcomes[0].first
 
 
-def used_bytes() -> int:
+def used_bytes(device: str) -> int:
     """Of the GPU, by all processes."""
-    return int(gpu_says("memory.used").split()[0]) * MIB
+    return int(gpu_says("memory.used", device).split()[0]) * MIB
 
 
 if __name__ == "__main__":
