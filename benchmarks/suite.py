@@ -23,7 +23,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common.options import device_of
-from benchmarks.common.result import RESULTS, ROOT, gpu_says, read, slug
+from benchmarks.common.result import RESULTS, ROOT, gpu_name, read, slug
 from benchmarks.compare import show
 
 NOTHING_TO_MEASURE = 3
@@ -67,7 +67,7 @@ def main() -> int:
     only = set(chosen.only.split(",")) if chosen.only else known
     if only - known:
         parser.error(f"no benchmark named {', '.join(sorted(only - known))}; there are {', '.join(sorted(known))}")
-    folder = chosen.output or RESULTS / slug("cpu" if chosen.device == "host" else gpu_says("name", chosen.device))
+    folder = chosen.output or RESULTS / slug("cpu" if chosen.device == "host" else gpu_name(chosen.device))
     began = time.time()
     left_out, failed = run_all([one for one in TABLE if Path(one.path).stem in only], chosen, folder)
     for path in sorted(folder.glob("*.json")):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from elastickv.errors import NotFound
+from elastickv.memory import gpu
 from elastickv.units import parse_size
 
 Value = int | float | str
@@ -40,8 +41,13 @@ def parse(
 
 
 def device_of(device: str) -> str:
-    """What auto stands for here."""
-    return device if device != "auto" else "0" if shutil.which("nvidia-smi") else "host"
+    """What auto stands for here: GPU 0, or the host where no GPU can be seen."""
+    if device != "auto":
+        return device
+    try:
+        return "0" if gpu.visible_devices() else "host"
+    except NotFound:
+        return "host"
 
 
 def settings(chosen: argparse.Namespace) -> dict[str, Any]:

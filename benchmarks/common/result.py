@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks.common.stats import ratio
+from elastickv.memory import gpu
 
 if TYPE_CHECKING:
     from benchmarks.common.load import Load
@@ -197,12 +198,29 @@ def hardware(device: str) -> dict[str, Any]:
     }
     if device == "host":
         return about
-    return {"gpu": gpu_says("name", device), "driver": gpu_says("driver_version", device), **about}
+    return {"gpu": gpu_name(device), "driver": _driver_version(), **about}
 
 
-def gpu_says(what: str, device: str) -> str:
-    """One field of a GPU, by its number, from nvidia-smi."""
-    return _run(["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader", f"--id={device}"]).splitlines()[0]
+def gpu_uuid(device: str) -> str:
+    """Of a GPU by its number in this process."""
+    seen = gpu.visible_devices()
+    if not device.isdecimal() or int(device) >= len(seen):
+        raise SystemExit(f"error: --device {device}: give host, or the number of one of the {len(seen)} GPUs here")
+    return seen[int(device)]
+
+
+def gpu_name(device: str) -> str:
+    return gpu.device_name(gpu_uuid(device))
+
+
+def _driver_version() -> str | None:
+    """None where NVML does not say."""
+    import pynvml
+
+    try:
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    except pynvml.NVMLError:
+        return None
 
 
 def cpu() -> str:

@@ -18,11 +18,12 @@ import httpx
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.common import load, options, schedule
-from benchmarks.common.result import Result, Row, Target, gpu_says
+from benchmarks.common.result import Result, Row, Target, gpu_uuid
 from benchmarks.common.schedule import Shape
-from benchmarks.common.servers import GIB, MIB, Fleet, Spec, plain_twin
+from benchmarks.common.servers import GIB, Fleet, Spec, plain_twin
 from benchmarks.common.stats import paired_ratio
 from elastickv.demo.engines import Engine
+from elastickv.memory import gpu
 
 FULL = {**options.ENGINE, "shape": "128+16", "repeats": 7, "kv_size": "8GiB", "seed": 0}
 SMALL = {**options.SMALL, "repeats": 1, "kv_size": "8MiB"}
@@ -89,7 +90,7 @@ def wake(server: Engine, shape: Shape, vocabulary: int, seed: int, result: Resul
 
 def used_bytes(device: str) -> int:
     """Of the GPU, by all processes."""
-    return int(gpu_says("memory.used", device).split()[0]) * MIB
+    return gpu.device_memory(gpu_uuid(device))[1]
 
 
 if __name__ == "__main__":

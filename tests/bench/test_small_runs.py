@@ -19,6 +19,7 @@ from benchmarks.common.result import FIELDS, ROOT, read
 from benchmarks.common.schedule import Shape
 from benchmarks.common.servers import MIB, Fleet, Spec, ended, plain_twin, processes, try_ready
 from benchmarks.suite import TABLE
+from native_build import standin_libraries
 
 pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
@@ -27,10 +28,16 @@ RUN_S = 540
 NAMES = {Path(entry.path).stem for entry in TABLE}
 
 
-def run(*words: str) -> subprocess.CompletedProcess[str]:
-    """In a process group of its own; a benchmark that hangs ends with its servers."""
+def run(*words: str, more: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """In a process group of its own; a benchmark that hangs ends with its servers. `more`: of the environment."""
     with subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, start_new_session=True
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | (more or {}),
+        start_new_session=True,
     ) as process:
         try:
             out, _ = process.communicate(timeout=RUN_S)
@@ -122,6 +129,44 @@ def test_what_does_not_fit_in_the_time_is_said(tmp_path: Path) -> None:
     done = run(sys.executable, str(ROOT / "benchmarks/suite.py"), "--only", "nothing")
     assert done.returncode == 2
     assert "no benchmark named nothing" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def gpu_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """One GPU of 1 GiB that is a stand-in: its driver and NVML."""
+    place = tmp_path_factory.mktemp("gpu")
+    libraries = standin_libraries(tmp_path_factory.mktemp("libraries"))
+    uuid = subprocess.run(
+        [sys.executable, "-c", "from elastickv import _core; print(_core.open_driver('cuda:0').device_id)"],
+        env=os.environ | {"LD_LIBRARY_PATH": str(libraries)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    ).stdout.strip()
+    (place / "nvml.txt").write_text(f"gpu {uuid} {1 << 30} {1 << 20} NVIDIA Stand-in", encoding="utf-8")
+    return {"LD_LIBRARY_PATH": str(libraries), "STANDIN_NVML": str(place / "nvml.txt")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mapper_cost", "growth", "hand_over"])
+def test_benchmarks_of_a_gpus_memory_run_on_a_stand_in(
+    name: str, gpu_environment: dict[str, str], tmp_path: Path
+) -> None:
+    """Beside the raw calls, which are the same driver's."""
+    words = ["--small", "--output", str(tmp_path)]
+    words += ["--sizes", "2MiB,4MiB", "--most-size", "16MiB"] if name == "mapper_cost" else ["--bytes-size", "64MiB"]
+    words += ["--extent-size", "4MiB"] if name == "growth" else []
+    done = run(
+        sys.executable, str(ROOT / f"benchmarks/gpu/{name}.py"), *words, "--block-size", "2MiB", more=gpu_environment
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+    report = read(tmp_path / f"{name}.json")
+    assert report["hardware"]["gpu"] == "NVIDIA Stand-in"
+    assert all(row["with"] is not None for row in report["rows"])
+    if name == "mapper_cost":
+        assert len(report["rows"]) == 4
+        assert all(row["without"] > 0 and row["met"] is not None for row in report["rows"])
 
 
 @pytest.fixture
