@@ -14,6 +14,7 @@ import os
 import resource
 import socket
 import struct
+import weakref
 from pathlib import Path
 from types import TracebackType
 from typing import Final
@@ -33,6 +34,8 @@ BACKLOG: Final = 64
 TURN: Final = 2
 """Connections that are accepted before the other clients have their turn."""
 STOP_S: Final = 5.0
+LAST_TURNS: Final = 8
+"""Of the loop, for connections that asyncio had accepted and not handed over yet when the server stopped."""
 _UCRED: Final = struct.Struct("3i")
 
 
@@ -46,6 +49,8 @@ class ControlServer:
         self._place: Place | None = None
         self._server: asyncio.Server | None = None
         self._connections: dict[Connection, asyncio.Task[None]] = {}
+        self._stopping = False
+        self._transports: weakref.WeakSet[asyncio.WriteTransport] = weakref.WeakSet()
         self._tasks: set[asyncio.Task[None]] = set()
         """Of the connections, and of those that were told to go and have not gone yet."""
 
@@ -75,17 +80,28 @@ class ControlServer:
         """Closes every connection, removes the socket and lets go of the lock. Orders that were given stand."""
         if self._place is None:
             return
+        self._stopping = True
         if self._server is not None:
             self._server.close()
         for task in self._tasks:
             task.cancel()
         if self._tasks:
             await asyncio.wait(set(self._tasks), timeout=STOP_S)
+        for _ in range(LAST_TURNS):
+            await asyncio.sleep(0)
+        for transport in list(self._transports):
+            transport.abort()  # its client does not take the farewell
+        await asyncio.sleep(0)
         self._service.close()
         self._place.close()
         self._place = self._server = None
+        self._stopping = False
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._transports.add(writer.transport)
+        if self._stopping:
+            writer.transport.abort()
+            return
         connection = Connection(self._service, self.limits, reader, writer, self._may_watch)
         try:
             _check_peer(writer)
