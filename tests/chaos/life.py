@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import select
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -100,8 +101,10 @@ class Life:
         kernel.send(self.pid, signal.SIGCONT)
 
     def ended(self) -> bool:
-        """Whether the kernel is through with it."""
-        return kernel.state(self.pid) in "XZ"
+        """Whether the kernel is through with all of its threads: the first may be a zombie before the last is."""
+        if self.pidfd < 0:
+            return kernel.state(self.pid) in "XZ"
+        return bool(select.select([self.pidfd], [], [], 0)[0])
 
     def close_watch(self) -> None:
         if self.pidfd >= 0:

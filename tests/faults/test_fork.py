@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +22,9 @@ BLOCK = 64 * 1024
 
 def in_a_child(what: Callable[[], None]) -> None:
     """Runs it in a forked child, which must end in peace within 20 s."""
-    child = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # that threads do not come along is what this is about
+        child = os.fork()
     if child == 0:
         code = 1
         try:
