@@ -11,9 +11,10 @@ from typing import Annotated
 
 import typer
 
+from benchmarks.common.result import commit, hardware
 from chaos.choices import Options
 from chaos.conductor import Conductor
-from chaos.report import Report, machine, write
+from chaos.report import Report, write
 
 
 def run(options: Options, echo: bool = False) -> Report:
@@ -49,18 +50,21 @@ def chaos(
     summary = {
         "command": "scripts/chaos " + " ".join(sys.argv[1:]),
         "date": datetime.now(tz=timezone.utc).strftime("%Y-%m-%d"),
-        "machine": machine(),
+        "machine": hardware("host"),
+        "commit": commit(),
+        "capacity": options.capacity,
+        "soak": soak,
         **report.summary(),
     }
     if output is not None:
         write(output, summary)
     print(
         f"seed {seed}: {report.figures.get('kills', 0)} kills, {report.figures.get('starts', 0)} starts, "
-        f"{report.counts['operations']} operations, worst recovery {report.figures.get('worst_recovery', 0):.3f} s, "
+        f"{report.counts['operations']} operations, dead leases seen for {report.figures.get('worst_held', 0):.3f} s, "
         f"{len(report.violations)} violations in {report.seconds:.0f} s"
     )
-    for text in report.violations:
-        print(f"violation: {text}", file=sys.stderr)
+    for text in report.violations[:10]:
+        print(f"violation: {text.splitlines()[0]}", file=sys.stderr)
     if report.violations:
         print(f"the log is {folder / 'log.txt'}", file=sys.stderr)
         raise typer.Exit(1)

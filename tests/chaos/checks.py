@@ -12,6 +12,7 @@ KNOWN_FILES = re.compile(r"\.lock|host\.(ledger|alive)|\.host\.ledger\.new\.\d+|
 RECOVERY_S = 1.0
 GROWTH_BYTES = 4 * MIB
 SETTLED_PART = 0.2
+LEAST_SAMPLES = 8
 
 
 def capacity_holds(what: str, total: int, capacity: int) -> list[str]:
@@ -78,26 +79,40 @@ def slope(points: Sequence[tuple[float, float]]) -> float:
     return sum((t - mean_t) * (v - mean_v) for t, v in points) / spread if spread else 0.0
 
 
-def grows(who: str, samples: Sequence[tuple[float, Mapping[str, int]]]) -> list[str]:
+Samples = Sequence[tuple[float, Mapping[str, int]]]
+
+
+def settled(samples: Samples) -> Samples:
+    """Without the first fifth of the time."""
+    first, last = samples[0][0], samples[-1][0]
+    return [(t, values) for t, values in samples if t >= first + SETTLED_PART * (last - first)]
+
+
+def ends(samples: Samples) -> tuple[Mapping[str, int], Mapping[str, int]] | None:
+    """The first and the last of the settled samples; None: too few."""
+    kept = settled(samples) if samples else []
+    return (kept[0][1], kept[-1][1]) if len(kept) >= LEAST_SAMPLES else None
+
+
+def grows(who: str, samples: Samples) -> list[str]:
     """Over the last four fifths of the time: no more descriptors or threads at the end, and memory is level.
 
     Memory counts as growing when its fitted line rises by more than GROWTH_BYTES over that time.
     """
     if not samples:
         return []
-    first, last = samples[0][0], samples[-1][0]
-    settled = [(t, values) for t, values in samples if t >= first + SETTLED_PART * (last - first)]
-    if len(settled) < 8:
+    kept = settled(samples)
+    if len(kept) < LEAST_SAMPLES:
         return []
     found = []
-    half = len(settled) // 2
-    for what in sorted(set(settled[0][1]) - {"anon"}):
-        before = max(values[what] for _, values in settled[:half])
-        after = min(values[what] for _, values in settled[half:])
+    half = len(kept) // 2
+    for what in sorted(set(kept[0][1]) - {"anon"}):
+        before = max(values[what] for _, values in kept[:half])
+        after = min(values[what] for _, values in kept[half:])
         if after > before:
             found.append(f"{who}: {what} grew from {before} to {after}")
-    if "anon" in settled[0][1]:
-        rise = slope([(t, float(values["anon"])) for t, values in settled]) * (last - first)
+    if "anon" in kept[0][1]:
+        rise = slope([(t, float(values["anon"])) for t, values in kept]) * (kept[-1][0] - kept[0][0])
         if rise > GROWTH_BYTES:
             found.append(f"{who}: memory rose by {rise / MIB:.1f} MiB")
     return found

@@ -26,6 +26,7 @@ HANG_S = 45.0
 """A tenant that says nothing for so long hangs; beats come every half second, the ledger's deadline is 2 s."""
 QUIET_STEPS = 40
 START_S = 60.0
+ENOUGH = 20
 SAMPLE_S = 5.0
 ALWAYS_FAIR = {"Unavailable", "DeadlineExceeded"}
 """What a newcomer may be told at any time: everything is in use, or somebody sits on the lock."""
@@ -80,7 +81,8 @@ class Conductor:
             if self.step_number % QUIET_STEPS == 0:
                 quiet_point(self)
             next_step = time.monotonic() + gap
-        quiet_point(self)
+        if not self.hopeless():
+            quiet_point(self)
         self.finish()
 
     def over(self) -> bool:
@@ -88,7 +90,11 @@ class Conductor:
         done = self.report.seconds >= self.options.seconds
         if self.options.kills is not None:
             done = done or self.kills >= self.options.kills
-        return done or len(self.report.violations) >= 20
+        return done or self.hopeless()
+
+    def hopeless(self) -> bool:
+        """Enough was found."""
+        return len(self.report.violations) >= ENOUGH
 
     def finish(self) -> None:
         """Everybody leaves in peace; the monitor says what it saw."""
@@ -112,7 +118,9 @@ class Conductor:
         if self.seen is None:
             self.report.violation("the monitor did not answer")
             return
-        self.report.figures |= vars(self.seen) | {"kills": self.kills, "starts": self.starts, "steps": self.step_number}
+        seen = {name: value for name, value in vars(self.seen).items() if name != "looked"}
+        self.report.figures |= seen | {"kills": self.kills, "starts": self.starts, "steps": self.step_number}
+        self.report.figures["growth"] = {who: ends for who, kept in self.samples.items() if (ends := checks.ends(kept))}
         for who, samples in self.samples.items():
             for text in checks.grows(who, samples):
                 self.report.violation(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import time
 from dataclasses import dataclass, field
@@ -32,7 +33,12 @@ class Seen:
     peak_leased: int = 0
     recoveries: int = 0
     worst_recovery: float = 0.0
-    """Seconds from the end of a process to the first look that shows its leases gone."""
+    """Seconds from the end of a process to the first look that shows its leases gone: no sooner than the next look."""
+    worst_held: float = 0.0
+    """Seconds after the end of a process at which its leases were still seen."""
+    longest_gap: float = 0.0
+    """Seconds between two looks: the monitor waits for a processor like everybody."""
+    looked: float = field(default=0.0, repr=False)
 
 
 @dataclass
@@ -53,7 +59,8 @@ class Watcher:
     directory: Path
     capacity: int
     pipe: Connection
-    pids: dict[int, str] = field(default_factory=dict)
+    watched: dict[int, int] = field(default_factory=dict)
+    """Process ids with a pidfd each: an id alone may be another process's by now."""
     deaths: list[Death] = field(default_factory=list)
     seen: Seen = field(default_factory=Seen)
     blocked: bool = False
@@ -73,10 +80,9 @@ class Watcher:
 
     def hear(self, kind: str, values: list[object]) -> None:
         if kind == "born":
-            self.pids[int(str(values[1]))] = str(values[0])
+            self._watch(int(str(values[1])))
         elif kind == "died":
             pid = int(str(values[1]))
-            self.pids.pop(pid, None)
             self.deaths.append(Death(str(values[0]), pid, float(str(values[2]))))
         elif kind == "blocked":
             self.blocked = bool(values[0])
@@ -85,8 +91,27 @@ class Watcher:
         elif kind == "footprint":
             self.pipe.send(("footprint", footprint()))
 
+    def _watch(self, pid: int) -> None:
+        try:
+            opened = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return  # it did not live to be looked at
+        if pid in self.watched:
+            os.close(self.watched[pid])
+        self.watched[pid] = opened
+
+    def _living(self) -> list[int]:
+        """Those who have not ended; the others are dropped."""
+        ended = set(select.select(list(self.watched.values()), [], [], 0)[0])
+        for pid in [pid for pid, opened in self.watched.items() if opened in ended]:
+            os.close(self.watched.pop(pid))
+        return list(self.watched)
+
     def look(self) -> list[str]:
         """One look at the kernel, the ledger and the directory."""
+        now = time.monotonic()
+        self.seen.longest_gap = max(self.seen.longest_gap, now - (self.seen.looked or now))
+        self.seen.looked = now
         self.seen.looks += 1
         found = self._kernel()
         found += checks.files_are_known(os.listdir(self.directory))  # noqa: PTH208 - names are what is wanted
@@ -99,11 +124,12 @@ class Watcher:
 
     def _kernel(self) -> list[str]:
         """A sum over the capacity counts only if it stands when it is taken again: files are read one by one."""
-        total = kernel.allocated(self.pids)
+        living = self._living()
+        total = kernel.allocated(living)
         for _ in range(RETRIES):
             if total <= self.capacity:
                 break
-            total = min(total, kernel.allocated(self.pids))
+            total = min(total, kernel.allocated(living))
         self.seen.peak_kernel = max(self.seen.peak_kernel, total)
         return checks.capacity_holds("memory by the kernel", total, self.capacity)
 
@@ -122,6 +148,7 @@ class Watcher:
         for death in list(self.deaths):
             if death.pid in living:
                 death.still = 0.0 if self.blocked else now - death.since
+                self.seen.worst_held = max(self.seen.worst_held, death.still)
                 found += checks.recovered(death.name, death.still)
                 continue
             self.deaths.remove(death)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections import Counter
 from pathlib import Path
@@ -73,20 +72,6 @@ class Report:
     def close(self) -> None:
         """Ends the log."""
         self._log.close()
-
-
-def machine() -> dict[str, object]:
-    """What a reader must know of the machine to judge the figures."""
-    cpuinfo = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    names = [line.partition(":")[2].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
-    load = Path("/proc/loadavg").read_text(encoding="ascii").split()[0]
-    return {
-        "cpu": names[0] if names else platform.machine(),
-        "cores": len(names),
-        "load": float(load),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-    }
 
 
 def write(path: Path, summary: dict[str, Any]) -> None:

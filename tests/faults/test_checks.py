@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from chaos import checks, kernel
 from chaos.choices import MIB, Options, stream, tenant_spec
+from chaos.monitor import Watcher
 from elastickv.ledger import Counters, DeviceView, TenantView, Usage
 
 CAPACITY = 64 * MIB
@@ -107,8 +110,19 @@ def test_the_kernel_says_who_stands_still() -> None:
     assert kernel.state(process.pid) == "X"
 
 
-def test_the_same_seed_makes_the_same_choices(tmp_path: object) -> None:
-    options = Options(seed=5, directory=tmp_path, seconds=1)  # type: ignore[arg-type]
+def test_the_monitor_drops_who_has_ended(tmp_path: Path) -> None:
+    """A process id may be another process's by the next look, with memory that is none of ours."""
+    _, pipe = multiprocessing.Pipe()
+    watcher = Watcher(tmp_path, CAPACITY, pipe)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        watcher.hear("born", ["one", process.pid])
+        assert watcher._living() == [process.pid]
+    assert watcher._living() == []
+    assert watcher.watched == {}
+
+
+def test_the_same_seed_makes_the_same_choices(tmp_path: Path) -> None:
+    options = Options(seed=5, directory=tmp_path, seconds=1)
     assert tenant_spec(options, "one", 3) == tenant_spec(options, "one", 3)
     assert stream(5, "step", 9).random() == stream(5, "step", 9).random() != stream(6, "step", 9).random()
     floors = sum(tenant_spec(options, f"tenant{i}", 0).floor for i in range(options.tenants))
