@@ -100,7 +100,8 @@ def test_a_server_shows_its_tenant_and_serves_whatever_happens_to_the_ledger(ser
 
 REGISTRIES = """
 import os, sys
-from prometheus_client import generate_latest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from elastickv import _core
 from elastickv.config import Settings
 from elastickv.engines.vllm import metrics
@@ -109,21 +110,23 @@ mine = ledger.join("engine-" + str(os.getpid()))
 settings = Settings.load()
 metrics.hook(settings)
 metrics.hook(settings)
-from vllm.v1.metrics import prometheus
+from vllm.entrypoints.serve.instrumentator.metrics import attach_router
+app = FastAPI()
+attach_router(app)
+client = TestClient(app)
 for _ in range(2):
-    text = generate_latest(prometheus.get_prometheus_registry()).decode()
+    text = client.get("/metrics").text
     assert text.count("# HELP elastickv_up ") == 1, text
     print("mine" if f'tenant="engine-{os.getpid()}"' in text else "nobody", "other" if 'tenant="other"' in text else "")
-registry = prometheus.get_prometheus_registry()
 def broken(self):
     raise RuntimeError("broken")
 metrics.LedgerCollector.collect = broken
-print("down" if "elastickv_up 0.0" in generate_latest(registry).decode() else "up")
+print("down" if "elastickv_up 0.0" in client.get("/metrics").text else "up")
 """
 
 
 @pytest.mark.parametrize("several", [False, True], ids=["one API server", "several"])
-def test_both_registries_show_a_tenant_without_a_name_given(directory: Path, tmp_path: Path, several: bool) -> None:
+def test_both_kinds_of_page_show_a_tenant_without_a_name_given(directory: Path, tmp_path: Path, several: bool) -> None:
     other = _core.Ledger.open(str(directory), "host", MIB).join("other")
     environment = process_environment() | {"ELASTICKV": "1", "ELASTICKV_DIR": str(directory)}
     if several:

@@ -1,8 +1,9 @@
 """elastickv's metrics on the engine's own /metrics page.
 
-vLLM's API server asks get_prometheus_registry() for what it shows: the process's own registry, or with several API
-servers one that is made for them. A collector that reads the ledger is put into either, so that every API server shows
-the same. It shows this engine's tenant and the devices it is on; `elastickv exporter` shows everybody.
+vLLM's API server asks get_prometheus_registry() for what it shows, which is the process's own registry. With several
+API servers the page makes a registry of their common files at each scrape (MultiProcessCollector). A collector that
+reads the ledger is put into either, so that every API server shows the same. It shows this engine's tenant and the
+devices it is on; `elastickv exporter` shows everybody.
 
 The page is vLLM's. Whatever fails here is logged and shows as elastickv_up 0; it never takes the page away.
 """
@@ -18,6 +19,7 @@ from typing import Any, Final
 
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from elastickv.config import Settings
@@ -39,6 +41,7 @@ def hook(settings: Settings) -> None:
         from vllm.v1.metrics import prometheus
 
         seams.wrap(prometheus, name, lambda original: _registry(original, settings))
+        seams.wrap(MultiProcessCollector, "__init__", lambda original: _common_files(original, settings))
     except (ImportError, AttributeError) as error:
         _logger.warning("this vLLM's /metrics goes without elastickv's (%s); use `elastickv exporter`", error)
         return
@@ -49,19 +52,27 @@ def hook(settings: Settings) -> None:
 def _registry(original: Callable[..., Any], settings: Settings) -> Callable[..., Any]:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         registry = original(*args, **kwargs)
-        try:
-            _register(registry, settings)
-        except Exception:  # the border to vLLM, whose page this is
-            _logger.exception("the engine's /metrics is without elastickv's metrics")
+        _register(registry, settings)
         return registry
 
     return wrapped
 
 
-def _register(registry: CollectorRegistry, settings: Settings) -> None:
-    if not getattr(registry, _MARK, False):
-        registry.register(_EngineCollector(settings))
-        setattr(registry, _MARK, True)
+def _common_files(original: Callable[..., Any], settings: Settings) -> Callable[..., Any]:
+    def wrapped(self: Any, registry: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, registry, *args, **kwargs)
+        _register(registry, settings)
+
+    return wrapped
+
+
+def _register(registry: CollectorRegistry | None, settings: Settings) -> None:
+    try:
+        if registry is not None and not getattr(registry, _MARK, False):
+            registry.register(_EngineCollector(settings))
+            setattr(registry, _MARK, True)
+    except Exception:  # the border to vLLM, whose page this is
+        _logger.exception("the engine's /metrics is without elastickv's metrics")
 
 
 class _EngineCollector(Collector):
