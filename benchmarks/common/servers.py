@@ -129,11 +129,17 @@ class Fleet:
         return time.monotonic() - began
 
     def up(self, *specs: Spec) -> list[Engine]:
-        """Starts them one after another, each when the one before serves: no start disturbs another's profile."""
-        servers = []
-        for spec in specs:
-            servers.append(self.start(spec))
-            print(f"{spec.name}: serves after {self.wait_ready(servers[-1]):.1f} s", flush=True)
+        """Starts them and waits until all serve.
+
+        On a GPU one after another, each when the one before serves: no start disturbs another's profile.
+        """
+        groups = [specs] if self.device == "host" else [(spec,) for spec in specs]
+        servers: list[Engine] = []
+        for group in groups:
+            started = [self.start(spec) for spec in group]
+            seconds = self.wait_ready(*started)
+            print(f"{', '.join(one.name for one in started)}: serving after {seconds:.1f} s", flush=True)
+            servers += started
         return servers
 
     def stop(self, name: str) -> None:
