@@ -21,6 +21,7 @@ from elastickv.limits import LimitOrder
 
 __all__ = ["Client"]
 
+READS: Final = frozenset({"hello", "list", "get", "fit"})
 MAX_ANSWER: Final = 64 * 1024 * 1024
 """Bytes of a line that a client takes from a server."""
 
@@ -115,6 +116,14 @@ class Client:
         self._received.clear()
 
     def _ask(self, op: str, fields: dict[str, object], wait: float) -> Any:
+        again = self._socket is not None and op in READS
+        try:
+            self._send(op, fields)
+            return self._receive(self._timeout + wait).result
+        except Unavailable:
+            if not again or self._socket is not None:
+                raise
+        # A connection from before was closed at this very moment; what only reads may be asked twice.
         self._send(op, fields)
         return self._receive(self._timeout + wait).result
 

@@ -27,6 +27,8 @@ class ControlLimits:
     """At once. One more takes the place of the connection that has been silent longest."""
     watches: int = 64
     """At once."""
+    waits: int = 64
+    """Requests that wait for a tenant's answer at once: they keep their connection's place."""
     frame: int = MAX_FRAME
     """Bytes of a request, its newline included."""
     frame_s: float = 5.0

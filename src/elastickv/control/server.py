@@ -34,8 +34,8 @@ BACKLOG: Final = 64
 TURN: Final = 2
 """Connections that are accepted before the other clients have their turn."""
 STOP_S: Final = 5.0
-LAST_TURNS: Final = 8
-"""Of the loop, for connections that asyncio had accepted and not handed over yet when the server stopped."""
+BREATH_S: Final = 0.1
+"""Without accepting, when the process is out of descriptors."""
 _UCRED: Final = struct.Struct("3i")
 
 
@@ -45,11 +45,9 @@ class ControlServer:
     def __init__(self, settings: Settings | None = None, limits: ControlLimits | None = None) -> None:
         self.settings = settings if settings is not None else Settings.load()
         self.limits = _affordable(limits if limits is not None else ControlLimits())
-        self._service = Service(self.settings)
+        self._service = Service(self.settings, self.limits.waits)
         self._place: Place | None = None
-        self._server: asyncio.Server | None = None
         self._connections: dict[Connection, asyncio.Task[None]] = {}
-        self._stopping = False
         self._transports: weakref.WeakSet[asyncio.WriteTransport] = weakref.WeakSet()
         self._tasks: set[asyncio.Task[None]] = set()
         """Of the connections, and of those that were told to go and have not gone yet."""
@@ -64,13 +62,9 @@ class ControlServer:
         if self._place is not None:
             raise AlreadyExists(f"this control server serves '{self.path}' already", path=str(self.path))
         place = Place(self.settings.directory)
-        listening = place.listening
         try:
-            self._server = await asyncio.start_server(
-                self._accept, sock=listening, limit=self.limits.frame, backlog=TURN
-            )
-            # asyncio takes one number for the kernel's queue and for its own turn at accepting. The queue is longer.
-            listening.listen(BACKLOG)
+            place.listening.listen(BACKLOG)
+            asyncio.get_running_loop().add_reader(place.listening, self._accept, place)
         except BaseException:  # whatever it was goes on to the caller; the place must be free again
             place.close()
             raise
@@ -78,42 +72,62 @@ class ControlServer:
 
     async def stop(self) -> None:
         """Closes every connection, removes the socket and lets go of the lock. Orders that were given stand."""
-        if self._place is None:
+        place, self._place = self._place, None
+        if place is None:
             return
-        self._stopping = True
-        if self._server is not None:
-            self._server.close()
+        asyncio.get_running_loop().remove_reader(place.listening)
+        await asyncio.sleep(0)  # every task has begun, and closes what it was given
         for task in self._tasks:
             task.cancel()
         if self._tasks:
             await asyncio.wait(set(self._tasks), timeout=STOP_S)
-        for _ in range(LAST_TURNS):
-            await asyncio.sleep(0)
+        await asyncio.sleep(0)
         for transport in list(self._transports):
             transport.abort()  # its client does not take the farewell
         await asyncio.sleep(0)
         self._service.close()
-        self._place.close()
-        self._place = self._server = None
-        self._stopping = False
+        place.close()
 
-    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._transports.add(writer.transport)
-        if self._stopping:
-            writer.transport.abort()
-            return
-        connection = Connection(self._service, self.limits, reader, writer, self._may_watch)
+    def _accept(self, place: Place) -> None:
+        """Called when somebody connects. By hand, for asyncio's own servers accept a whole queue in one go."""
+        for _ in range(TURN):
+            try:
+                accepted, _address = place.listening.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                log.warning("the control server accepts nobody for a moment: %s", error.strerror)
+                asyncio.get_running_loop().remove_reader(place.listening)
+                asyncio.get_running_loop().call_later(BREATH_S, self._accept_again, place)
+                return
+            task = asyncio.ensure_future(self._serve(accepted))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    def _accept_again(self, place: Place) -> None:
+        if self._place is place:
+            asyncio.get_running_loop().add_reader(place.listening, self._accept, place)
+
+    async def _serve(self, accepted: socket.socket) -> None:
+        uid = _user_of(accepted)
         try:
-            _check_peer(writer)
+            reader, writer = await asyncio.open_unix_connection(sock=accepted, limit=self.limits.frame)
+        except BaseException:  # the server stops, or the client has left; the descriptor must not stay
+            accepted.close()
+            raise
+        self._transports.add(writer.transport)
+        connection = Connection(self._service, self.limits, reader, writer, self._may_watch)
+        task = asyncio.current_task()
+        try:
+            _check_user(uid)
             self._make_room()
         except (AccessDenied, Unavailable) as error:
             connection.refuse(error)
             writer.close()
             return
-        task = asyncio.ensure_future(self._run(connection, writer))
-        self._connections[connection] = task
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        if task is not None:
+            self._connections[connection] = task
+        await self._run(connection, writer)
 
     async def _run(self, connection: Connection, writer: asyncio.StreamWriter) -> None:
         try:
@@ -150,10 +164,14 @@ class ControlServer:
         await self.stop()
 
 
-def _check_peer(writer: asyncio.StreamWriter) -> None:
-    """The user that the kernel says connected must be the server's own; root has no way in either."""
-    raw = writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    _, uid, _ = _UCRED.unpack(raw)
+def _user_of(accepted: socket.socket) -> int:
+    """Who the kernel says connected."""
+    _, uid, _ = _UCRED.unpack(accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    return int(uid)
+
+
+def _check_user(uid: int) -> None:
+    """It must be the server's own; root has no way in either."""
     if uid != os.geteuid():
         raise AccessDenied(
             f"user {uid} has no business here: this control server answers user {os.geteuid()} alone", uid=uid

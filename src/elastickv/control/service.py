@@ -10,7 +10,8 @@ import dataclasses
 import importlib.metadata
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 
 from elastickv.config import Settings
@@ -29,7 +30,7 @@ from elastickv.control.protocol import (
     bytes_of,
     size_of,
 )
-from elastickv.errors import ElasticKVError, InvalidArgument, NotFound
+from elastickv.errors import ElasticKVError, InvalidArgument, NotFound, Unavailable
 from elastickv.fit import would_fit
 from elastickv.ledger import DeviceView
 from elastickv.ledgers import device_names, no_ledger_text
@@ -49,8 +50,10 @@ SHARED_S: Final = 0.02
 class Service:
     """Answers requests about the ledgers of one directory."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, waits: int) -> None:
         self._settings = settings
+        self._waits = waits
+        self._waiting = 0
         self._desks: dict[str, Desk] = {}
 
     async def answer(self, request: Request) -> Any:
@@ -65,11 +68,13 @@ class Service:
                 view = await self._find(request.tenant, request.device)
                 return {"device": view.device, "tenant": view.tenant(request.tenant)}
             case SetLimit():
-                return await self._set(request)
+                with self._turn(request.wait):
+                    return await self._set(request)
             case FitRequest():
                 return await self._fit(request)
             case Trim():
-                return await self._trim(request)
+                with self._turn(request.wait):
+                    return await self._trim(request)
             case Forget():
                 return await self._forget(request)
         raise InvalidArgument(f"no such operation: {type(request).__name__}")
@@ -110,6 +115,20 @@ class Service:
         for desk in self._desks.values():
             desk.close()
         self._desks.clear()
+
+    @contextmanager
+    def _turn(self, seconds: float) -> Iterator[None]:
+        """One of those who may wait at once. Unavailable, with nothing ordered, when there are too many."""
+        waits = int(seconds > 0)
+        if waits and self._waiting >= self._waits:
+            raise Unavailable(
+                f"{self._waiting} requests wait for tenants already; ask with `wait` 0, or try again later"
+            )
+        self._waiting += waits
+        try:
+            yield
+        finally:
+            self._waiting -= waits
 
     @property
     def _directory(self) -> str:
