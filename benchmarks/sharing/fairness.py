@@ -128,6 +128,7 @@ def sample(ledger: _core.Ledger, names: list[str], seconds: float) -> dict[str, 
 def reach_floor(ledger: _core.Ledger, directory: str, arguments: list[str], floor: int, others: Any) -> dict[str, Any]:
     """A tenant comes with a floor that the others hold: how long until it has it, and how many rounds of theirs."""
     with common.neighbour(__file__, "--work", directory, "late", *arguments, "1", str(floor)) as late:
+        late.say("report")  # it has joined, and holds block 0
         before = [other.say("report")["rounds"] for other in others]
         began = time.monotonic()
         late.say("go")

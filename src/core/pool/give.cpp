@@ -72,15 +72,23 @@ void Pool::ordered(std::uint64_t given, std::uint64_t ticket, std::uint64_t now)
 // Before an allocation under pressure: free pages that others have the better claim to, or that are above the limit,
 // go first, so that whoever frees and allocates in a loop cannot keep a page from a neighbour who waits for it.
 // Evicts nothing.
+// The pause that attention() keeps after a maintain() that gave nothing does not count here: blocks that were freed
+// since would be used again before anybody looked.
+bool Pool::free_is_due() noexcept {
+    return empty_extents_.count() != 0 && (above_limit_.load(std::memory_order_relaxed) || leases_.pressed()) &&
+           monotonic_ns() >= unasked_until_ns_;
+}
+
 void Pool::answer_with_free() {
-    if (!attention()) return;
+    if (!free_is_due()) return;
     const std::uint64_t now = monotonic_ns();
     publish();
     const std::uint64_t ticket = table_->header().ticket.load(std::memory_order_relaxed) + 1;
     std::uint64_t given = give_free(over_limit(false), 0, ticket);
     const std::uint64_t lent = leases_.pressed() ? leases_.ask().free : 0;
     if (given < lent) given += give_free(lent - given, leases_.floor_pages(), ticket);
-    ordered(given, ticket, now);
+    if (lent == 0 && given == 0) unasked_until_ns_ = now + kMaintainPauseNs;
+    if (given != 0) ordered(given, ticket, now);
 }
 
 // What the limit, the neighbours and trims ask, in this order.

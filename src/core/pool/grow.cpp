@@ -251,7 +251,7 @@ bool Pool::ensure_fast(std::uint32_t n) {
     if (origin_.elsewhere()) return false;
     const std::scoped_lock lock(mutex_);
     poll_locked();
-    if (free_blocks_.count() < n || attention() || waits_since_ns_ != 0) return false;
+    if (free_blocks_.count() < n || attention() || free_is_due() || waits_since_ns_ != 0) return false;
     keep_stock();
     return true;
 }
@@ -281,6 +281,14 @@ void Pool::note_wait(std::uint64_t start, std::uint64_t waited_ns, bool starved,
     }
 }
 
+// This call takes the own cache and does not wait, so by the next one the neighbours' idle caches should have made
+// room: more is asked of them than this call lacks.
+std::uint32_t Pool::ahead_of(std::uint32_t blocks) const noexcept {
+    constexpr std::uint32_t kTimes = 8;
+    const auto absent = static_cast<std::uint32_t>(absent_pages_.count() * options_.page_bytes / options_.block_bytes);
+    return std::max(blocks, std::min(kTimes * blocks, absent));
+}
+
 std::uint32_t Pool::ensure_locked(std::uint32_t n, bool patient, std::unique_lock<std::mutex> &lock) {
     const std::uint64_t patience_us = patient ? options_.give_back_wait_us : 0;
     poll_locked();
@@ -293,7 +301,7 @@ std::uint32_t Pool::ensure_locked(std::uint32_t n, bool patient, std::unique_loc
     }
     std::uint64_t waited_ns = 0;
     const std::uint64_t failures = map_failures_;
-    bool rang = false, counted = false;
+    bool rang = false, counted = false, asked_ahead = false;
     while (free_blocks_.count() < n) {
         if (map_failures_ != failures && coming_ == 0) break;  // a driver that refuses is not asked in a loop
         const std::uint64_t waited_us = (monotonic_ns() - start) / 1000;
@@ -307,6 +315,10 @@ std::uint32_t Pool::ensure_locked(std::uint32_t n, bool patient, std::unique_loc
             if (why.code() == Code::unavailable && !rang) {
                 rang = true;
                 continue;  // once more, with the bell: the demand is on the ledger from here on
+            }
+            if (own_cache_covers && why.code() == Code::unavailable && !asked_ahead) {
+                asked_ahead = true;
+                if (grow(ahead_of(static_cast<std::uint32_t>(n - have)), true, &why)) continue;
             }
             if (own_cache_covers) {
                 if (!grow_partly(static_cast<std::uint32_t>(n - have)) && coming_ == 0) break;

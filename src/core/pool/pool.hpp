@@ -152,6 +152,7 @@ class Pool {
     bool grow_partly(std::uint32_t shortfall);
     bool covered_by_both(std::uint64_t blocks);
     void keep_stock();
+    std::uint32_t ahead_of(std::uint32_t blocks) const noexcept;
     void note_wait(std::uint64_t start, std::uint64_t waited_ns, bool starved, bool patient) noexcept;
     std::uint32_t ensure_locked(std::uint32_t n, bool patient, std::unique_lock<std::mutex> &lock);
     bool poll_locked();
@@ -170,6 +171,7 @@ class Pool {
     std::uint64_t give_idle(std::uint64_t now, std::uint64_t floor, std::uint64_t ticket,
                             std::vector<std::uint32_t> &evicted);
     void ordered(std::uint64_t given, std::uint64_t ticket, std::uint64_t now) noexcept;
+    bool free_is_due() noexcept;
     void answer_with_free();
 
     // evicting (evict.cpp)
@@ -217,6 +219,7 @@ class Pool {
     std::uint64_t draining_pages_ = 0;
     PageUsage usage_;
     std::uint64_t last_stock_miss_ns_ = 0;
+    std::uint64_t unasked_until_ns_ = 0;                 // others wait, and nothing was asked of this pool a moment ago
     std::uint64_t waits_since_ns_ = 0, refused_ns_ = 0;  // a wait for the neighbours over several calls of ensure()
     std::uint64_t released_free_for_ = 0, released_cache_for_ = 0;  // the activity after which the idle clock released
     std::uint64_t lost_pages_ = 0, map_failures_ = 0, grown_ = 0, returned_ = 0;
