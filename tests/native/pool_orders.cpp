@@ -179,7 +179,7 @@ TEST("pool orders: each device answers its own orders") {
     CHECK_EQ(a->limit_held().bytes, 7 * page);
     CHECK_EQ(a->leased(), 5 * page);
     CHECK_EQ(ledgertest::row_of(one, "a").counters.evicted_limit, 5U);
-    const auto &map = ledgertest::row_of(two, "a").histograms[static_cast<std::size_t>(Latency::map)];
+    const auto map = ledgertest::row_of(two, "a").histograms[static_cast<std::size_t>(Latency::map)];
     CHECK(std::count(map.counts.begin(), map.counts.end(), 0U) < static_cast<std::ptrdiff_t>(map.counts.size()));
     CHECK(map.sum_ns > 0);
 }
