@@ -123,8 +123,15 @@ def stop_with_the_lock(conductor: Conductor, life: Life, choose: random.Random) 
     conductor.report.line(f"arm {life.name}: stops at {point}")
 
     def lost_patience() -> None:
-        if life.stopping_at and conductor.lives.get(life.name) is life:
+        if not life.stopping_at or conductor.lives.get(life.name) is not life:
+            return
+        if life.name not in conductor.steady:
             life.kill("anywhere")  # it may come to the point at any moment: nothing else is sure
+            return
+        life.stopping_at = ""
+        life.tell("heal")
+        conductor.after(1.0, life.resume)  # should it have come to it in between
+        lock_is_free(conductor)
 
     conductor.after(2 * DOOM_S, lost_patience)
 

@@ -13,7 +13,14 @@ import typer
 
 from benchmarks.common.result import RESULTS, Result, Row, Target
 from chaos.choices import MIB
+from chaos.report import write
 
+FIGURES = {
+    "fds": ("descriptors", "", 1),
+    "tasks": ("threads", "", 1),
+    "files": ("files in the directory", "", 1),
+    "anon": ("own memory", "MiB", MIB),
+}
 NONE, SECOND = Target("with", "most", 0), Target("with", "most", 1)
 
 
@@ -32,30 +39,45 @@ def rows(run: dict[str, Any]) -> list[Row]:
         Row(f"{kind}: operations of tenants", "", counts["operations"]),
         Row(f"{kind}: blocks checked at {counts['quiet points']} quiet points", "", counts["blocks checked"]),
     ]
-    for who, (first, last) in run.get("growth", {}).items():
-        found += [
-            Row(f"{kind}: {who}, {what} at the end less those at a fifth of the time", "", last[what] - first[what])
-            for what in first
-            if what != "anon"
-        ]
-        found.append(Row(f"{kind}: {who}, memory gained since then", "MiB", (last["anon"] - first["anon"]) / MIB))
+    return found + (grown(kind, run["growth"]) if run["soak"] else [])
+
+
+def grown(kind: str, growth: dict[str, Any]) -> list[Row]:
+    """What was gained between a fifth of the time and the end, by the process that gained most."""
+    found = []
+    for whose, ours in (("tenants that live on", True), ("monitor and conductor", False)):
+        ends = [pair for who, pair in growth.items() if who.startswith("tenant") == ours]
+        for what, (name, unit, size) in FIGURES.items():
+            gains = [(last[what] - first[what]) / size for first, last in ends if what in first]
+            if gains:
+                found.append(Row(f"{kind}: {name} gained, {whose}", unit, max(gains)))
     return found
 
 
 def record(
     runs: Annotated[list[Path], typer.Argument(help="What `scripts/chaos --json` wrote.", show_default=False)],
     folder: Annotated[Path, typer.Option(help="Where chaos.json goes.")] = RESULTS / "cpu",
+    note: Annotated[list[str] | None, typer.Option(help="What a reader must know besides.")] = None,
 ) -> None:
     """One result file from one or more runs."""
     read = [json.loads(path.read_text(encoding="utf-8")) for path in runs]
-    result = Result("chaos", "bare", False, "host", {"commands": [run["command"] for run in read]})
+    result = Result("chaos", "bare", False, "host", {})
     result.samples = {run["command"]: run for run in read}
+    result.notes = note or []
     for run in read:
         result.rows += rows(run)
         result.fail("with", run["violations"])
         for text in run["skipped"]:
             result.note(f"skipped: {text}")
-    result.write(folder)
+    own = {
+        "command": "; ".join(run["command"] for run in read),
+        "date": read[0]["date"],
+        "commit": read[0]["commit"],
+        "hardware": read[0]["machine"],
+    }
+    path = folder / "chaos.json"
+    write(path, result.report() | own)
+    print(path)
 
 
 if __name__ == "__main__":
