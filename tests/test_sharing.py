@@ -23,7 +23,7 @@ def fairness(folder: Path, *options: str) -> dict[str, Any]:
     command = [sys.executable, str(script), "--rounds", "300", "--output", str(folder), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=process_environment(), check=False)
     assert done.returncode in (0, 1), done.stderr
-    figures: dict[str, Any] = json.loads((folder / "fairness.json").read_text(encoding="utf-8"))["figures"]
+    figures: dict[str, Any] = json.loads((folder / "fairness.json").read_text(encoding="utf-8"))["samples"]
     return figures
 
 
@@ -65,3 +65,20 @@ def test_cached_blocks_stay_within_their_own_budget_and_the_oldest_go(tmp_path: 
         assert (stats["cached"], tenant.counters.evicted_budget) == (MIB, 4)
         assert stats["leased"] >= 41 * BLOCK  # what was evicted stays mapped, for the next allocation
         cache.check_integrity()
+
+
+def test_an_idle_tenants_whole_cache_goes_before_a_working_one_is_held_to_its_share(tmp_path: Path) -> None:
+    with elastickv.open_device("host", capacity=64 * BLOCK, directory=str(tmp_path / "d")) as device:
+        idle, busy = (device.join(name, stock=0).cache(num_blocks=80, block_bytes=BLOCK) for name in ("idle", "busy"))
+        ids = idle.alloc(50)
+        assert ids is not None
+        idle.free(ids, cached=True)
+        until = time.monotonic() + 20
+        while busy.stats()["leased"] < 60 * BLOCK:  # of 63; a request for four more cannot be met beyond
+            assert time.monotonic() < until, (idle.stats(), busy.stats())
+            got = busy.alloc(4)
+            if got is not None:
+                busy.free(got, cached=True)
+            time.sleep(0.002)
+        idle.check_integrity()
+        busy.check_integrity()

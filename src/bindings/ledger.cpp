@@ -218,7 +218,7 @@ void bind_tenant(nb::module_ &module) {
                                         .evicted_limit = evicted_limit,
                                         .evicted_idle = evicted_idle,
                                         .evicted_budget = evicted_budget};
-                self.publish({virtual_bytes, used, cached, mapped_free, transit}, counters);
+                self.publish({virtual_bytes, used, cached, mapped_free, transit, 0, used > 0}, counters);
             },
             nb::arg("virtual_bytes") = 0, nb::arg("used") = 0, nb::arg("cached") = 0, nb::arg("mapped_free") = 0,
             nb::arg("transit") = 0, nb::arg("misses") = 0, nb::arg("evicted_need") = 0,

@@ -235,6 +235,18 @@ TEST("ledger policy: a floor above the share is owed by those within theirs too,
     CHECK_EQ(asks(s)[0].as_freed, 10 * MiB);  // never below a floor
 }
 
+TEST("ledger policy: how much a demand may be for") {
+    Snapshot s = world(100);
+    add(s, 30);
+    add(s, 20).floor = 40 * MiB;
+    add(s, 5).static_bytes = 10 * MiB;
+    CHECK_EQ(reachable(s, 0), 20 * MiB);
+    s.claims[0].limit = 35 * MiB;
+    CHECK_EQ(reachable(s, 0), 5 * MiB);
+    s.claims[0].limit = 10 * MiB;
+    CHECK_EQ(reachable(s, 0), 0U);
+}
+
 TEST("ledger policy: what is being given back already is not asked again, and is kept for who waits first") {
     Snapshot s = world(100);
     Claim &giver = add(s, 60);

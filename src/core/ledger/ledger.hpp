@@ -31,6 +31,7 @@ struct Usage {
     std::uint64_t mapped_free = 0;  // mapped pages with nothing on them: may be given back at once
     std::uint64_t transit = 0;      // leased, being mapped or unmapped
     std::uint64_t leaving = 0;      // of these, being unmapped: they will be somebody else's
+    bool working = false;           // requests hold blocks; the page of block 0 is used for ever, and is no work
 };
 
 // Counted since the tenant joined. Evictions are cached blocks dropped, by what dropped them.
@@ -217,6 +218,8 @@ class Tenant {
     virtual std::uint64_t static_bytes() const noexcept { return 0; }
     virtual std::uint64_t floor() const noexcept = 0;
     virtual std::uint64_t headroom() = 0;  // bytes lease() would grant now
+    // Bytes that a demand may at most be for; one for more is ignored.
+    virtual std::uint64_t reachable() { return headroom(); }
     // Of the counters, those of asks are the ledger's own and not taken from here.
     virtual void publish(const Usage &usage, const Counters &counters) noexcept = 0;
     virtual void add_mapped(std::int64_t bytes) noexcept = 0;  // by mappers

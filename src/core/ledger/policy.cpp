@@ -34,8 +34,7 @@ bool is_aged(const Claim &claim, std::uint64_t now_ns) noexcept {
 }
 
 bool is_active(const Claim &claim, std::uint64_t now_ns) noexcept {
-    return claim.used > 0 || demand_alive(claim, now_ns) ||
-           (claim.active_ns != 0 && now_ns < claim.active_ns + kActiveNs);
+    return demand_alive(claim, now_ns) || (claim.active_ns != 0 && now_ns < claim.active_ns + kActiveNs);
 }
 
 // One tenant's figures that several rules use.
@@ -76,22 +75,21 @@ void fill_shares(const Snapshot &snapshot, World &world) noexcept {
     }
 }
 
-// Room for `claim` if all others held only what they can never give: their floor, or their static bytes.
-bool can_ever_fit(const Snapshot &snapshot, int index, Bytes held, Bytes want) noexcept {
+// What a tenant could hold if all others held only what they can never give: their floor, or their static bytes.
+Bytes room_for(const Snapshot &snapshot, int index) noexcept {
     Bytes room = signed_bytes(snapshot.capacity) - signed_bytes(snapshot.unmanaged);
     for (int i = 0; i < snapshot.count; ++i) {
         const Claim &other = snapshot.claims[static_cast<std::size_t>(i)];
         if (i != index) room -= std::max(signed_bytes(other.floor), signed_bytes(other.static_bytes));
     }
-    return held + want <= room;
+    return std::min(room, signed_bytes(snapshot.claims[static_cast<std::size_t>(index)].limit));
 }
 
 void fill_demand(const Snapshot &snapshot, int index, Figures &figures) noexcept {
     const Claim &claim = snapshot.claims[static_cast<std::size_t>(index)];
     if (!demand_alive(claim, snapshot.now_ns)) return;
     const Bytes want = signed_bytes(claim.demand);
-    if (want > above(signed_bytes(claim.limit), figures.held) || !can_ever_fit(snapshot, index, figures.held, want))
-        return;
+    if (figures.held + want > room_for(snapshot, index)) return;
     figures.want = want;
     figures.beyond = above(want, figures.unmet);
     figures.rank = {is_aged(claim, snapshot.now_ns), claim.leased + static_cast<std::uint64_t>(want), claim.weight,
@@ -355,6 +353,11 @@ Asks asks(const Snapshot &snapshot) noexcept {
         result[at].trim = std::min(claim.trim, static_cast<std::uint64_t>(world.of[at].reclaimable));
     }
     return result;
+}
+
+std::uint64_t reachable(const Snapshot &snapshot, int index) noexcept {
+    const Claim &claim = snapshot.claims[static_cast<std::size_t>(index)];
+    return static_cast<std::uint64_t>(above(room_for(snapshot, index), signed_bytes(claim.held())));
 }
 
 std::uint64_t weighted_share(const Snapshot &snapshot, int index) noexcept {

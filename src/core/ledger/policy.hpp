@@ -3,9 +3,10 @@
 // No clock, no lock, no input or output, no state: equal snapshots give equal answers.
 //
 // Words. A tenant *holds* what it leases, KV pages and static bytes together; floor and limit are bounds of what it
-// holds. Its floor is *unmet* by the bytes it holds less. It is *active* while it has pages in use, waits for bytes,
-// or did so within kActiveNs. Its *weighted share* is the part, by weight among active tenants, of the bytes that are
-// neither static nor unmanaged; an idle tenant's share is nothing (its floor still stands), so its cache goes first.
+// holds. Its floor is *unmet* by the bytes it holds less. It is *active* while requests hold memory of it, it waits for
+// bytes, or did so within kActiveNs. Its *weighted share* is the part, by weight among active tenants, of the bytes
+// that are neither static nor unmanaged; an idle tenant's share is nothing (its floor still stands), so its cache goes
+// first.
 //
 // Granting (decide). A request is granted when, after it,
 //   1. the tenant holds no more than its wanted limit,
@@ -86,6 +87,10 @@ bool demand_alive(const Claim &claim, std::uint64_t now_ns) noexcept;
 Verdict decide(const Snapshot &snapshot, int index, std::uint64_t bytes) noexcept;
 // The most bytes that decide() grants the tenant now.
 std::uint64_t grantable(const Snapshot &snapshot, int index) noexcept;
+
+// The most bytes more that the tenant could ever be granted as things stand, if everybody gave what can be given. A
+// demand for more is ignored.
+std::uint64_t reachable(const Snapshot &snapshot, int index) noexcept;
 
 using Asks = std::array<Ask, kMaxTenants>;  // by index in the snapshot
 // What every tenant should give back now.

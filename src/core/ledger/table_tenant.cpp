@@ -323,17 +323,17 @@ std::uint64_t TableTenant::leased() const noexcept { return row().leased.load(st
 std::uint64_t TableTenant::static_bytes() const noexcept { return row().static_bytes.load(std::memory_order_acquire); }
 std::uint64_t TableTenant::floor() const noexcept { return get(row().floor); }
 
-std::uint64_t TableTenant::headroom() {
+std::uint64_t TableTenant::by_policy(std::uint64_t (*figure)(const policy::Snapshot &, int) noexcept) {
     const Entry entry(*this);
     if (!entry.ours()) return 0;
-    Result<TableGuard> guard = table_.lock("reading the headroom");
+    Result<TableGuard> guard = table_.lock("reading what could be leased");
     if (!guard.ok()) return 0;
     table_.reap();
     Result<std::uint64_t> capacity = table_.capacity();
     if (!capacity.ok()) return 0;
     const policy::Snapshot snapshot = table_.snapshot(*capacity);
     const int index = snapshot.find(slot_);
-    return index < 0 ? 0 : policy::grantable(snapshot, index);
+    return index < 0 ? 0 : figure(snapshot, index);
 }
 
 void TableTenant::publish(const Usage &usage, const Counters &counters) noexcept {
@@ -352,7 +352,7 @@ void TableTenant::publish(const Usage &usage, const Counters &counters) noexcept
     put(own.evicted_limit, counters.evicted_limit);
     put(own.evicted_idle, counters.evicted_idle);
     put(own.evicted_budget, counters.evicted_budget);
-    if (usage.used > 0) put(own.active_ns, now_ns());
+    if (usage.working) put(own.active_ns, now_ns());
 }
 
 void TableTenant::add_mapped(std::int64_t bytes) noexcept {

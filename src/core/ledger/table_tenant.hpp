@@ -45,7 +45,8 @@ class TableTenant final : public Tenant {
     std::uint64_t leased() const noexcept override;
     std::uint64_t static_bytes() const noexcept override;
     std::uint64_t floor() const noexcept override;
-    std::uint64_t headroom() override;
+    std::uint64_t headroom() override { return by_policy(policy::grantable); }
+    std::uint64_t reachable() override { return by_policy(policy::reachable); }
     void publish(const Usage &usage, const Counters &counters) noexcept override;
     void add_mapped(std::int64_t bytes) noexcept override;
     void publish_static_used(std::uint64_t bytes) noexcept override;
@@ -54,6 +55,7 @@ class TableTenant final : public Tenant {
 
   private:
     Row &row() const noexcept { return table_.row(slot_); }
+    std::uint64_t by_policy(std::uint64_t (*figure)(const policy::Snapshot &, int) noexcept);
     // Held over every call that changes the row: leave() waits for those who are inside.
     class Entry {
       public:

@@ -283,10 +283,11 @@ void Pool::note_wait(std::uint64_t start, std::uint64_t waited_ns, bool starved,
 
 // This call takes the own cache and does not wait, so by the next one the neighbours' idle caches should have made
 // room: more is asked of them than this call lacks.
-std::uint32_t Pool::ahead_of(std::uint32_t blocks) const noexcept {
-    constexpr std::uint32_t kTimes = 8;
-    const auto absent = static_cast<std::uint32_t>(absent_pages_.count() * options_.page_bytes / options_.block_bytes);
-    return std::max(blocks, std::min(kTimes * blocks, absent));
+std::uint32_t Pool::ahead_of(std::uint32_t blocks) {
+    constexpr std::uint64_t kTimes = 8;
+    const std::uint64_t pages = std::min(leases_.reachable(), absent_pages_.count());
+    const std::uint64_t most = pages * options_.page_bytes / options_.block_bytes;
+    return std::max(blocks, static_cast<std::uint32_t>(std::min(kTimes * blocks, most)));
 }
 
 std::uint32_t Pool::ensure_locked(std::uint32_t n, bool patient, std::unique_lock<std::mutex> &lock) {

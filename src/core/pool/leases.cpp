@@ -27,6 +27,12 @@ void Leases::withdraw() noexcept {
     for (auto &share : shares_) share.tenant->withdraw_demand();
 }
 
+std::uint64_t Leases::reachable() {
+    std::uint64_t pages = ~std::uint64_t{0};
+    for (auto &share : shares_) pages = std::min(pages, share.tenant->reachable() / share.page_cost);
+    return pages;
+}
+
 std::uint64_t Leases::headroom() {
     std::uint64_t pages = ~std::uint64_t{0};
     for (auto &share : shares_) pages = std::min(pages, share.tenant->headroom() / share.page_cost);
@@ -118,11 +124,11 @@ std::uint64_t Leases::over_limit(std::uint64_t pages, bool now) const noexcept {
 
 void Leases::observe(Latency what, std::uint64_t ns) noexcept { shares_.front().tenant->observe(what, ns); }
 
-void Leases::publish(const PageUsage &usage, const Counters &counters) noexcept {
+void Leases::publish(const PageUsage &usage, bool working, const Counters &counters) noexcept {
     for (auto &share : shares_) {
         const std::uint64_t cost = share.page_cost;
         share.tenant->publish({usage.virtual_pages * cost, usage.used * cost, usage.cached * cost, usage.free * cost,
-                               usage.transit * cost, usage.leaving * cost},
+                               usage.transit * cost, usage.leaving * cost, working},
                               counters);
     }
 }

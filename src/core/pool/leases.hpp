@@ -32,7 +32,8 @@ class Leases {
     Status lease(std::uint64_t pages, bool ring);
     void give(std::uint64_t pages) noexcept;
     void withdraw() noexcept;
-    std::uint64_t headroom();  // pages lease() would grant now
+    std::uint64_t headroom();   // pages lease() would grant now
+    std::uint64_t reachable();  // pages that a demand may at most be for
     std::uint64_t floor_pages() const noexcept;
     PageAsk ask();
     bool pressed() const noexcept;
@@ -51,7 +52,7 @@ class Leases {
     // How many of `pages` are above the limit on some device; `now`: only under limits that allow to preempt.
     std::uint64_t over_limit(std::uint64_t pages, bool now) const noexcept;
     void observe(Latency what, std::uint64_t ns) noexcept;
-    void publish(const PageUsage &usage, const Counters &counters) noexcept;
+    void publish(const PageUsage &usage, bool working, const Counters &counters) noexcept;
     std::uint32_t freed_word() const noexcept { return shares_.front().tenant->freed_word(); }
     void wait_freed(std::uint32_t seen, std::uint64_t timeout_us) noexcept;
     const std::vector<Share> &shares() const noexcept { return shares_; }

@@ -151,7 +151,7 @@ void Pool::count_block(BlockState state, std::uint32_t delta) noexcept {
 }
 
 void Pool::publish() noexcept {
-    leases_.publish(usage_, counters_);
+    leases_.publish(usage_, used() != 0, counters_);
     const bool above = over_cache_limit();
     if (above && !above_cache_limit_.load(std::memory_order_relaxed)) leases_.ring_self();  // an engine may fall idle
     above_cache_limit_.store(above, std::memory_order_relaxed);

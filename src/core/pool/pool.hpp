@@ -152,7 +152,7 @@ class Pool {
     bool grow_partly(std::uint32_t shortfall);
     bool covered_by_both(std::uint64_t blocks);
     void keep_stock();
-    std::uint32_t ahead_of(std::uint32_t blocks) const noexcept;
+    std::uint32_t ahead_of(std::uint32_t blocks);
     void note_wait(std::uint64_t start, std::uint64_t waited_ns, bool starved, bool patient) noexcept;
     std::uint32_t ensure_locked(std::uint32_t n, bool patient, std::unique_lock<std::mutex> &lock);
     bool poll_locked();
