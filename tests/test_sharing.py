@@ -6,11 +6,16 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import elastickv
+from elastickv import _core
 from elastickv.config import process_environment
+from support import Outcome
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1024 * 1024
@@ -82,3 +87,22 @@ def test_an_idle_tenants_whole_cache_goes_before_a_working_one_is_held_to_its_sh
             time.sleep(0.002)
         idle.check_integrity()
         busy.check_integrity()
+
+
+def test_a_tenant_that_does_not_answer_is_shown_as_late(
+    directory: Path, cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = _core.Ledger.open(str(directory), "host", capacity=64 * MIB)
+    silent, waiting = ledger.join("silent"), ledger.join("waiting")
+    assert silent.lease(60 * MIB)
+    silent.publish(cached=60 * MIB)
+    until = time.monotonic() + 20
+    while not any(row["counters"]["late"] for row in ledger.view()["tenants"]):
+        assert time.monotonic() < until
+        assert not waiting.lease(10 * MIB, ring=True)
+        time.sleep(0.02)
+    monkeypatch.setenv("COLUMNS", "200")
+    lines = cli("status", "--dir", directory, "--device", "host").out.splitlines()
+    (line,) = [line for line in lines if "silent" in line]
+    assert "answered late 1x" in line
+    assert not any("late" in line for line in lines if "waiting" in line)

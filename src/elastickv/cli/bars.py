@@ -99,6 +99,8 @@ def state_of(tenant: TenantView) -> str:
         words.append(f"limit {short(tenant.limit_wanted)} not yet applied")
     elif tenant.limit_held is not None and tenant.held > tenant.limit_held:
         words.append(f"{short(tenant.held - tenant.limit_held)} above its limit")
+    if tenant.counters.late:
+        words.append(f"answered late {tenant.counters.late}x")
     return ", ".join(words)
 
 
