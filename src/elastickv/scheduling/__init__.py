@@ -1,0 +1,1 @@
+"""Which request goes next. Pure functions: no clock, no input or output, no engine."""
