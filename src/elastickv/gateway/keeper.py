@@ -49,12 +49,16 @@ def gateway_lives(lock: int) -> bool:
 class Keeper:
     """One engine and the wish to end it."""
 
-    def __init__(self, command: Sequence[str], lock: int, grace: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, command: Sequence[str], lock: int, grace: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._lock = lock
         self._grace = grace
         self._clock = clock
         self._asked = False
-        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_keeper)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_keeper
+        )
 
     def ask(self, *_: object) -> None:
         """End it; a handler of SIGTERM and SIGINT."""
@@ -107,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         record = os.open(given.record, os.O_RDWR | os.O_CLOEXEC)
         fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)  # for life: who reads the record knows that we are there
     except OSError as error:
-        print(f"keeper: {error.filename or given.record}: {error.strerror}", file=sys.stderr)
+        sys.stderr.write(f"keeper: {error.filename or given.record}: {error.strerror}\n")
         return _EXIT_SETUP
     keeper = Keeper(given.command, lock, given.grace)
     for number in (signal.SIGTERM, signal.SIGINT):

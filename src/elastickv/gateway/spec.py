@@ -43,10 +43,18 @@ class ModelSpec:
     """One model. Sizes are bytes, times seconds; None: the engine's or the ledger's own choice."""
 
     name: str
-    path: str
+    path: str = ""
     engine: str = "vllm"
     args: tuple[str, ...] = ()
     """Arguments of the engine's server, as on its command line."""
+    command: tuple[str, ...] = ()
+    """A whole command instead of the engine's own, with {port}, {path} and {name} where they belong."""
+    address: tuple[str, ...] = ()
+    """URLs of servers that run elsewhere and are not started, stopped or put to sleep from here."""
+    env: tuple[tuple[str, str], ...] = ()
+    """Environment variables of its engines, over the gateway's own."""
+    device: str | None = None
+    """As in `elastickv run --device`; None: the gateway's."""
     replicas: int = 1
     floor: int = 0
     limit: int | None = None
@@ -63,6 +71,8 @@ class ModelSpec:
     start_deadline: float = 600.0
     drain_deadline: float = 120.0
     wake_deadline: float = 60.0
+    concurrency: int = 256
+    """Requests that one replica is handed at a time; the others wait in the gateway, where their order is decided."""
     queue: int = 256
     """Requests that may wait."""
     queue_deadline: float = 120.0
@@ -75,12 +85,16 @@ class ModelSpec:
             raise InvalidArgument(
                 f"model name {self.name!r}: use 1 to 48 letters, digits, '.', '_' and '-', a letter or digit first"
             )
-        if not self.path:
+        if not self.path and not self.command and not self.address:
             raise InvalidArgument(f"model {self.name}: no path; write the folder of its weights, or its name on a hub")
+        for url in self.address:
+            if not re.fullmatch(r"https?://[^\s/?#]+/?", url):
+                raise InvalidArgument(f"model {self.name}: address {url!r}; write http://HOST:PORT")
         if not 1 <= self.replicas <= 16:
             raise InvalidArgument(f"model {self.name}: replicas = {self.replicas}; 1 to 16 are possible")
-        if self.queue < 1:
-            raise InvalidArgument(f"model {self.name}: queue = {self.queue}; at least one request must be able to wait")
+        for key in ("queue", "concurrency"):
+            if getattr(self, key) < 1:
+                raise InvalidArgument(f"model {self.name}: {key} = {getattr(self, key)}; write at least 1")
 
 
 @dataclass(frozen=True)
@@ -125,9 +139,9 @@ _CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
     "order": ("deadline", "fifo"),
 }
 _KINDS: Final[Mapping[str, type]] = {
-    **dict.fromkeys(("replicas", "weight", "priority", "queue", "port", "max_connections"), int),
+    **dict.fromkeys(("replicas", "weight", "priority", "queue", "concurrency", "port", "max_connections"), int),
     **dict.fromkeys(("start", "log_requests"), bool),
-    **dict.fromkeys(("path", "engine", "host", "keys_file", "admin_key_file"), str),
+    **dict.fromkeys(("path", "engine", "device", "host", "keys_file", "admin_key_file"), str),
 }
 
 
@@ -157,8 +171,6 @@ def model_from_mapping(name: str, entry: object, where: str) -> ModelSpec:
         raise ConfigError(f"{where}: no table of keys and values")
     names = [spec.name for spec in fields(ModelSpec) if spec.name != "name"]
     values = _values(entry, names, where)
-    if "path" not in values:
-        raise ConfigError(f"{where}: no path; write the folder of its weights, or its name on a hub")
     try:
         return ModelSpec(name, **values)
     except InvalidArgument as error:
@@ -187,10 +199,14 @@ def _values(table: Mapping[str, Any], names: Sequence[str], where: str) -> dict[
 
 
 def _value(key: str, value: object, what: str) -> Any:
-    if key == "args":
+    if key in ("args", "command", "address"):
         if not isinstance(value, (list, tuple)) or not all(isinstance(one, (str, int, float)) for one in value):
-            raise ConfigError(f"{what} = {value!r}; write a list of texts, as on the engine's command line")
+            raise ConfigError(f"{what} = {value!r}; write a list of texts")
         return tuple(str(one) for one in value)
+    if key == "env":
+        if not isinstance(value, Mapping) or not all(isinstance(one, (str, int, float)) for one in value.values()):
+            raise ConfigError(f"{what} = {value!r}; write a table of texts")
+        return tuple((str(name), str(one)) for name, one in value.items())
     if key == "ttft_target":
         return parse_seconds(str(value), what)
     if key in _READ:
