@@ -1,3 +1,3 @@
 """One address for many models: their engines are started, watched, put to sleep and woken, and requests find them."""
 
-__all__: list[str] = []
+__all__ = ()

@@ -26,7 +26,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-__all__ = ["main"]
+__all__ = ["Keeper", "gateway_lives", "main"]
 
 LOOK_EVERY_S: Final = 0.5
 STOP_S: Final = 20.0
