@@ -20,6 +20,7 @@ __all__ = [
     "Histogram",
     "Histograms",
     "Limit",
+    "Parts",
     "TenantView",
     "Usage",
     "open_ledger",
@@ -46,6 +47,25 @@ class Usage:
     cached: int = 0
     mapped_free: int = 0
     transit: int = 0
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a tenant holds, in bytes. The parts add up to what it has leased, weights and graphs included."""
+
+    static: int
+    used: int
+    cached: int
+    mapped_free: int
+    transit: int
+
+    def __add__(self, other: Parts) -> Parts:
+        return Parts(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
+
+    @property
+    def total(self) -> int:
+        """Bytes."""
+        return sum(getattr(self, one.name) for one in fields(self))
 
 
 @dataclass(frozen=True)
@@ -148,6 +168,20 @@ class TenantView:
     def held(self) -> int:
         """Leased and static bytes: what counts against the device, the floor and the limit."""
         return self.leased + self.static_bytes
+
+    @property
+    def parts(self) -> Parts:
+        """What it holds, by use. Numbers that were published a moment apart are cut to what is leased."""
+        usage, rest = self.usage, self.leased
+        used = min(usage.used, rest)
+        cached = min(usage.cached, rest - used)
+        mapped_free = min(usage.mapped_free, rest - used - cached)
+        return Parts(self.static_bytes, used, cached, mapped_free, rest - used - cached - mapped_free)
+
+    @property
+    def limit(self) -> int | None:
+        """The limit that counts: what a running tenant goes by, or what is kept for the start of another."""
+        return self.limit_held if self.alive else self.limit_wanted
 
     @property
     def asleep(self) -> bool:

@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
 from rich.text import Text
 
-from elastickv.ledger import DeviceView, TenantView
+from elastickv.ledger import DeviceView, Parts, TenantView
 from elastickv.units import format_size
 
-__all__ = ["LEGEND", "Parts", "bar", "device_parts", "limit_of", "number_line", "parts_of", "short", "state_of"]
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a tenant holds, in bytes. The parts add up to what it has leased, weights and graphs included."""
-
-    static: int
-    used: int
-    cached: int
-    mapped_free: int
-    transit: int
-
-    def __add__(self, other: Parts) -> Parts:
-        return Parts(*(getattr(self, name) + getattr(other, name) for name in _LOOKS))
-
-    @property
-    def total(self) -> int:
-        """Bytes."""
-        return sum(getattr(self, name) for name in _LOOKS)
+__all__ = ["LEGEND", "bar", "device_parts", "number_line", "short", "state_of"]
 
 
 _LOOKS: Final = {
@@ -40,20 +20,6 @@ _LOOKS: Final = {
     "transit": ("░", "blue"),
 }
 LEGEND: Final = "■ weights  █ used  ▓ cached  ▒ mapped, free  ░ in transit  | limit"
-
-
-def parts_of(tenant: TenantView) -> Parts:
-    """The parts of a tenant's leases. Numbers that were published a moment apart are cut to what is leased."""
-    usage, rest = tenant.usage, tenant.leased
-    used = min(usage.used, rest)
-    cached = min(usage.cached, rest - used)
-    mapped_free = min(usage.mapped_free, rest - used - cached)
-    return Parts(tenant.static_bytes, used, cached, mapped_free, rest - used - cached - mapped_free)
-
-
-def limit_of(tenant: TenantView) -> int | None:
-    """The limit that counts: what a running tenant goes by, or what is kept for the start of another."""
-    return tenant.limit_held if tenant.alive else tenant.limit_wanted
 
 
 def bar(parts: Parts, scale: int, width: int, limit: int | None = None) -> Text:
@@ -108,5 +74,5 @@ def device_parts(view: DeviceView) -> Parts:
     """The sum over the tenants."""
     total = Parts(0, 0, 0, 0, 0)
     for tenant in view.tenants:
-        total += parts_of(tenant)
+        total += tenant.parts
     return total

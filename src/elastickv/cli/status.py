@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from elastickv.cli import options as opt
-from elastickv.cli.bars import limit_of, short, state_of
+from elastickv.cli.bars import short, state_of
 from elastickv.config import Settings
 from elastickv.ledger import DeviceView, open_ledger, read_device
 from elastickv.ledgers import device_names, no_ledger_text, open_chosen_ledger
@@ -51,7 +51,7 @@ def _device(view: DeviceView) -> RenderableType:
     table.add_column("STATE", overflow="fold")
     for tenant in view.tenants:
         usage = tenant.usage
-        sizes = (tenant.held, usage.used, usage.cached, usage.mapped_free, tenant.floor, limit_of(tenant))
+        sizes = (tenant.held, usage.used, usage.cached, usage.mapped_free, tenant.floor, tenant.limit)
         state = f"{state_of(tenant)} (pid {tenant.pid})" if tenant.alive else state_of(tenant)
         table.add_row(
             f"  {tenant.name}", *(short(size) for size in sizes), state, style=None if tenant.alive else "dim"

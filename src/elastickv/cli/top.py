@@ -25,7 +25,7 @@ from rich.text import Text
 
 from elastickv import _core
 from elastickv.cli import options as opt
-from elastickv.cli.bars import LEGEND, bar, device_parts, limit_of, number_line, parts_of, short, state_of
+from elastickv.cli.bars import LEGEND, bar, device_parts, number_line, short, state_of
 from elastickv.config import Settings
 from elastickv.errors import ElasticKVError, InvalidArgument
 from elastickv.ledger import DeviceView, TenantView, read_device
@@ -134,7 +134,7 @@ def plain_lines(sample: Sample) -> list[str]:
     total = device_parts(view).total
     lines = [f"{sample.clock} device={view.device} held={_tight(total)} capacity={_tight(view.capacity)}"]
     for tenant in view.tenants:
-        parts = parts_of(tenant)
+        parts = tenant.parts
         numbers = {
             "weights": parts.static,
             "used": parts.used,
@@ -143,7 +143,7 @@ def plain_lines(sample: Sample) -> list[str]:
             "transit": parts.transit,
             "lease": tenant.held,
             "asked": tenant.limit_wanted,
-            "limit": limit_of(tenant),
+            "limit": tenant.limit,
         }
         text = " ".join(f"{key}={_tight(value)}" for key, value in numbers.items())
         lines.append(f"{sample.clock} {tenant.name} {text} state={state_of(tenant)!r}")
@@ -159,8 +159,8 @@ def _row(name: str, cells: Text, numbers: str) -> Text:
 
 
 def _tenant_rows(tenant: TenantView, capacity: int) -> Iterator[Text]:
-    parts = parts_of(tenant)
-    limit = limit_of(tenant)
+    parts = tenant.parts
+    limit = tenant.limit
     most = f"limit {short(limit)}" if limit is not None else "no limit"
     yield _row(tenant.name, bar(parts, capacity, BAR_WIDTH, limit), f"{short(tenant.held)}, {most}")
     if tenant.alive:

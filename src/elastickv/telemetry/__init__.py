@@ -1,6 +1,7 @@
 """Metrics: what stands in the ledgers, in Prometheus' terms.
 
-`catalogue` names every metric, `collector` reads the ledgers at each scrape and fills them in, `server` answers.
+`catalogue` names every metric, `reader` reads the ledgers, `collector` fills the metrics in at each scrape, `server`
+answers.
 Nothing is kept between scrapes.
 """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 from pathlib import Path
@@ -12,31 +11,23 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
-from elastickv import _core
-from elastickv.errors import ElasticKVError
-from elastickv.ledger import DeviceView, Histogram, TenantView, read_device
-from elastickv.ledgers import device_names
+from elastickv.ledger import DeviceView, Histogram, TenantView
 from elastickv.telemetry.catalogue import EVICTED_BY, METRICS
+from elastickv.telemetry.reader import LedgerReader
 
 __all__ = ["LedgerCollector"]
-
-LOCK_DEADLINE_MS: Final = 500
-"""How long a scrape waits for a ledger's lock. Holders keep it for microseconds."""
-
-_logger = logging.getLogger("elastickv.telemetry")
 
 
 class LedgerCollector(Collector):
     """The metrics of all ledgers in a directory, or of the tenants that `select` takes and the devices they are on.
 
-    Thread-safe: every scrape opens and reads the ledgers anew, so that files which come, go or are replaced need no
-    care. A ledger that cannot be read is reported as such and hides no other.
+    Thread-safe. A ledger that cannot be read is reported as such and hides no other.
     """
 
     def __init__(self, directory: Path, select: Callable[[TenantView], bool] | None = None) -> None:
         self.directory = directory
         self._select = select
-        self._unreadable: dict[str, str] = {}  # device: the reason that was logged
+        self._reader = LedgerReader(directory, "metrics")
 
     def describe(self) -> Iterable[Family]:
         """The metrics without values: registering needs no ledger."""
@@ -46,8 +37,7 @@ class LedgerCollector(Collector):
         """One scrape. Raises nothing of elastickv's."""
         families = _Families()
         families.gauge("up", (), int(self.directory.is_dir()))
-        for device in device_names(self.directory):
-            view = self._read(device)
+        for device, view in self._reader.read():
             if view is None:
                 families.gauge("ledger_up", (device,), 0)
                 continue
@@ -58,18 +48,6 @@ class LedgerCollector(Collector):
             for tenant in chosen:
                 _add_tenant(families, device, tenant)
         yield from families.all()
-
-    def _read(self, device: str) -> DeviceView | None:
-        try:
-            view = read_device(_core.Ledger.open(str(self.directory), device, 0, LOCK_DEADLINE_MS))
-        except ElasticKVError as error:
-            if self._unreadable.get(device) != str(error):
-                self._unreadable[device] = str(error)
-                _logger.warning("no metrics of device %s: %s", device, error)
-            return None
-        if self._unreadable.pop(device, None) is not None:
-            _logger.warning("the ledger of device %s can be read again", device)
-        return view
 
 
 class _Families:
