@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from elastickv.config import VARIABLES
-from elastickv.telemetry import METRICS
+from elastickv.gateway.catalogue import GATEWAY_METRICS
+from elastickv.telemetry import METRICS, Metric
 
 TENANT = """
 import json, sys
@@ -57,6 +58,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGURATION_PAGE = ROOT / "docs/configuration.md"
 GEOMETRY_PAGE = ROOT / "docs/geometry.md"
 METRICS_PAGE = ROOT / "docs/metrics.md"
+WATCHING_PAGE = ROOT / "docs/watching.md"
 TABLE_BEGIN, TABLE_END = "<!-- table -->\n", "<!-- end of table -->\n"
 
 
@@ -82,10 +84,10 @@ def table_of(page: Path) -> str:
     return page.read_text(encoding="utf-8").partition(TABLE_BEGIN)[2].partition(TABLE_END)[0]
 
 
-def metrics_table() -> str:
+def metrics_table(metrics: Sequence[Metric] = METRICS) -> str:
     """The metrics as a table of the docs."""
     return "| metric | kind | labels | what it is |\n|---|---|---|---|\n" + "".join(
-        f"| `{m.exposed}` | {m.kind} | {', '.join(f'`{label}`' for label in m.labels)} | {m.text} |\n" for m in METRICS
+        f"| `{m.exposed}` | {m.kind} | {', '.join(f'`{label}`' for label in m.labels)} | {m.text} |\n" for m in metrics
     )
 
 
@@ -96,3 +98,4 @@ def write_tables() -> None:
     put_table(CONFIGURATION_PAGE, configuration_table())
     put_table(GEOMETRY_PAGE, table())
     put_table(METRICS_PAGE, metrics_table())
+    put_table(WATCHING_PAGE, metrics_table(GATEWAY_METRICS))

@@ -52,7 +52,10 @@ GATEWAY_METRICS: Final[tuple[Metric, ...]] = (
     Metric("elastickv_gateway_replicas", "gauge", _MODEL, "Engines that the model has."),
     Metric("elastickv_gateway_replicas_ready", "gauge", _MODEL, "Of them, those that can take requests."),
     Metric(
-        "elastickv_gateway_state", "gauge", ("model", "state"), "1 for the state that the model is in, 0 for the others."
+        "elastickv_gateway_state",
+        "gauge",
+        ("model", "state"),
+        "1 for the model's state, 0 for the other states.",
     ),
     Metric(
         "elastickv_gateway_state_since_seconds", "gauge", _MODEL, "When it came into that state, in seconds since 1970."
