@@ -10,8 +10,8 @@ from typing import Annotated, NoReturn
 import typer
 
 from elastickv.cli import options as opt
-from elastickv.config import Settings, process_environment
-from elastickv.engines import NAMES, adapter
+from elastickv.config import Settings
+from elastickv.engines import managed_environment
 from elastickv.errors import AccessDenied, InvalidArgument, NotFound
 
 __all__ = ["run"]
@@ -68,10 +68,7 @@ def run(
     settings = Settings.load(options=options)
     if not command:
         raise InvalidArgument(f"run: no command; write it after --, as in: {EXAMPLE}")
-    engines: dict[str, str] = {}
-    for engine in NAMES:
-        engines |= adapter(engine).environment()
-    _replace_process(command, process_environment() | engines | settings.environment())
+    _replace_process(command, managed_environment(settings))
 
 
 def _replace_process(command: list[str], environment: dict[str, str]) -> NoReturn:

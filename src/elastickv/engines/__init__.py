@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 from typing import Final
 
-from elastickv.engines.base import Adapter
+from elastickv.engines.base import Adapter, Server
+from elastickv.config import Settings, process_environment
 from elastickv.errors import NotFound
 
-__all__ = ["NAMES", "Adapter", "adapter"]
+__all__ = ["NAMES", "Adapter", "Server", "adapter", "managed_environment"]
 
 _MODULES: Final = {"vllm": "elastickv.engines.vllm.adapter"}
 
@@ -21,3 +22,11 @@ def adapter(name: str) -> Adapter:
         raise NotFound(f"there is no adapter for the engine {name!r}; there are: {', '.join(NAMES)}", name=name)
     found: Adapter = importlib.import_module(_MODULES[name]).ADAPTER
     return found
+
+
+def managed_environment(settings: Settings) -> dict[str, str]:
+    """What an engine is started with so that it is managed as `settings` say, whichever it turns out to be."""
+    engines: dict[str, str] = {}
+    for name in NAMES:
+        engines |= adapter(name).environment()
+    return process_environment() | engines | settings.environment()

@@ -7,7 +7,10 @@ SIGKILL of the gateway leaves an engine behind for good, nor does its restart co
 
 Should the keeper itself be killed, the kernel kills the engine's first process with it, and the plug-in ends the rest.
 
-    python -m elastickv.gateway.keeper --lock FILE --record FILE --grace SECONDS -- COMMAND [ARGS]...
+It holds a lock on the engine's own file for as long as the engine lives, and the process ids stand in that file: who
+finds the lock free knows that nobody is there, whatever the file says.
+
+    python -m elastickv.gateway.keeper --lock FILE --place FILE --grace SECONDS -- COMMAND [ARGS]...
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import fcntl
+import json
 import os
 import select
 import signal
@@ -26,14 +30,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-__all__ = ["Keeper", "gateway_lives", "main"]
+__all__ = ["EXIT_SETUP", "Keeper", "describe", "gateway_lives", "main", "say"]
 
 LOOK_EVERY_S: Final = 0.5
 STOP_S: Final = 20.0
 """Between SIGTERM and SIGKILL."""
 
+SAYS: Final = "keeper: "
+EXIT_SETUP: Final = 70
+"""Of a keeper that could not start its engine; an engine's own codes are passed on."""
+
 _PR_SET_PDEATHSIG: Final = 1
-_EXIT_SETUP: Final = 3
 
 
 def gateway_lives(lock: int) -> bool:
@@ -52,12 +59,14 @@ class Keeper:
     def __init__(
         self, command: Sequence[str], lock: int, grace: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
+        """Starts `command`, in a process group of its own. OSError where that cannot be."""
         self._lock = lock
         self._grace = grace
         self._clock = clock
         self._asked = False
+        self._why = ""
         self.process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_keeper
+            command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with(os.getpid())
         )
 
     def ask(self, *_: object) -> None:
@@ -71,21 +80,40 @@ class Keeper:
         poll.register(descriptor, select.POLLIN)
         alone_since: float | None = None
         while not poll.poll(int(LOOK_EVERY_S * 1000)):
-            alone_since = None if gateway_lives(self._lock) else (alone_since or self._clock())
-            if self._asked or (alone_since is not None and self._clock() - alone_since >= self._grace):
-                self._end()
+            now = self._clock()
+            if gateway_lives(self._lock):
+                alone_since = None
+            elif alone_since is None:
+                alone_since = now
+            alone = alone_since is not None and now - alone_since >= self._grace
+            if self._asked or alone:
+                self._why = "as asked" if self._asked else f"no gateway for {self._grace:.0f} s"
+                self._end(descriptor)
                 break
         os.close(descriptor)
         code = self.process.wait()
         _signal_group(self.process.pid, signal.SIGKILL)  # whatever of it did not go along
+        say(f"the engine ended with {describe(code)}" + (f" ({self._why})" if self._why else ""))
         return code if code >= 0 else 128 - code
 
-    def _end(self) -> None:
+    def _end(self, descriptor: int) -> None:
         _signal_group(self.process.pid, signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(STOP_S)
-            return
+        if not select.select([descriptor], [], [], STOP_S)[0]:
+            say(f"the engine did not end within {STOP_S:.0f} s of SIGTERM and is killed")
         _signal_group(self.process.pid, signal.SIGKILL)
+
+
+def describe(code: int) -> str:
+    """A code of Popen as people say it."""
+    if code >= 0:
+        return f"exit code {code}"
+    return f"signal {-code} ({signal.strsignal(-code)})"
+
+
+def say(text: str) -> None:
+    """A line into the engine's log, which is this process's stderr."""
+    sys.stderr.write(f"{SAYS}{text}\n")
+    sys.stderr.flush()
 
 
 def _signal_group(group: int, number: signal.Signals) -> None:
@@ -93,32 +121,39 @@ def _signal_group(group: int, number: signal.Signals) -> None:
         os.killpg(group, number)
 
 
-def _die_with_keeper() -> None:
-    # The keeper has one thread, so "the thread that made me" is the keeper for all its life.
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def _die_with(keeper: int) -> Callable[[], None]:
+    library = ctypes.CDLL(None, use_errno=True)
+
+    def prepare() -> None:
+        # The keeper has one thread, so "the thread that made me" is the keeper for all its life.
+        library.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != keeper:  # it died before the kernel knew
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return prepare
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Keeps what stands after --."""
     parser = argparse.ArgumentParser(prog="python -m elastickv.gateway.keeper", description="Keeps one engine.")
-    parser.add_argument("--lock", type=Path, required=True)
-    parser.add_argument("--record", type=Path, required=True)
+    parser.add_argument("--lock", type=Path, required=True, help="the gateway's")
+    parser.add_argument("--place", type=Path, required=True, help="the engine's own: locked, and holds process ids")
     parser.add_argument("--grace", type=float, required=True)
     parser.add_argument("command", nargs="+")
     given = parser.parse_args(arguments)
     try:
-        lock = os.open(given.lock, os.O_RDONLY | os.O_CLOEXEC)
-        record = os.open(given.record, os.O_RDWR | os.O_CLOEXEC)
-        fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)  # for life: who reads the record knows that we are there
+        lock = os.open(given.lock, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        place = os.open(given.place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)  # for life
+        keeper = Keeper(given.command, lock, given.grace)
     except OSError as error:
-        sys.stderr.write(f"keeper: {error.filename or given.record}: {error.strerror}\n")
-        return _EXIT_SETUP
-    keeper = Keeper(given.command, lock, given.grace)
+        say(f"{error.filename or given.place}: {error.strerror}")
+        return EXIT_SETUP
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, keeper.ask)
-    code = keeper.run()
-    given.record.unlink(missing_ok=True)
-    return code
+    os.ftruncate(place, 0)
+    os.pwrite(place, json.dumps({"keeper": os.getpid(), "engine": keeper.process.pid}).encode(), 0)
+    return keeper.run()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from importlib import metadata
 from typing import Final
 
 from elastickv.config import process_environment
-from elastickv.engines.base import Adapter
+from elastickv.engines.base import Adapter, Server
 from elastickv.engines.vllm import gate
 from elastickv.errors import ElasticKVError
 
@@ -21,6 +21,16 @@ _CHOICE: Final = "VLLM_PLUGINS"
 class _Vllm:
     name = "vllm"
     versions = gate.VERSIONS
+    server = Server(
+        module="vllm.entrypoints.openai.api_server",
+        model_option="--model",
+        name_option="--served-model-name",
+        sleep_arguments=("--enable-sleep-mode",),
+        environment=(("VLLM_SERVER_DEV_MODE", "1"),),  # without it the server has no /sleep
+        sleep="/sleep?level=1",
+        wake="/wake_up",
+        asleep="/is_sleeping",
+    )
 
     def installed_version(self) -> str | None:
         for name in _DISTRIBUTIONS:
