@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Final
 
-from elastickv.engines.base import Adapter, Server
 from elastickv.config import Settings, process_environment
+from elastickv.engines.base import Adapter, Server
 from elastickv.errors import NotFound
 
 __all__ = ["NAMES", "Adapter", "Server", "adapter", "managed_environment"]
