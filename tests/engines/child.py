@@ -9,8 +9,10 @@ import json
 import os
 import sys
 import time
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+from moves import Moves
+from processes import call, cpu_seconds, family, peak_bytes, send
 
 EXTENSION = "engine_extension.WorkerExtension"
 
@@ -24,23 +26,16 @@ def main() -> None:
     import vllm
 
     llm = vllm.LLM(model=job["model"], worker_extension_cls=EXTENSION, disable_log_stats=False, **job["engine"])
-    _send(events, event="ready", seconds=time.monotonic() - began, blocks=_blocks(llm), pids=_children())
+    send(events, event="ready", seconds=time.monotonic() - began, blocks=_blocks(llm), pids=family())
+    moves = Moves.of(job["moves"])
     for number, prompts in enumerate(job["rounds"]):
         while (line := sys.stdin.readline()).startswith("{"):
-            _send(events, event="called", **_call(llm, json.loads(line)))
+            send(events, event="called", **call(llm, json.loads(line)))
         if not line:
             return
-        _send(events, event="round", **_round(llm, vllm, number, prompts, job))
-    _send(events, event="done", counters=_counters(llm), peak_bytes=_peak_bytes())
+        send(events, event="round", **_round(llm, vllm, number, prompts, job, moves))
+    send(events, event="done", counters=_counters(llm), peak_bytes=peak_bytes())
     sys.stdin.readline()
-
-
-def _call(llm: Any, call: dict[str, Any]) -> dict[str, Any]:
-    """A method of the engine, by name; what it raises is told and ends nothing."""
-    try:
-        return {"result": getattr(llm, call["name"])(*call["args"]), "error": None}
-    except Exception as error:  # noqa: BLE001 - the test on the other side of the pipe decides what it means
-        return {"result": None, "error": f"{type(error).__name__}: {error}"}
 
 
 class _Order:
@@ -68,7 +63,9 @@ class _Order:
         return Ledger.open(self.order["directory"], self.order["device"])
 
 
-def _round(llm: Any, vllm: Any, number: int, prompts: list[Any], job: dict[str, Any]) -> dict[str, Any]:
+def _round(
+    llm: Any, vllm: Any, number: int, prompts: list[Any], job: dict[str, Any], moves: Moves | None
+) -> dict[str, Any]:
     """Sends all prompts at once and steps the engine until none is left; damages the cache at the step asked for."""
     engine = llm.llm_engine
     params = vllm.SamplingParams(
@@ -76,7 +73,7 @@ def _round(llm: Any, vllm: Any, number: int, prompts: list[Any], job: dict[str, 
     )
     for i, prompt in enumerate(prompts):
         engine.add_request(f"{number}-{i}", prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt}, params)
-    began, burnt = time.monotonic(), _cpu_seconds()
+    began, burnt = time.monotonic(), cpu_seconds()
     tokens: list[list[int]] = [[] for _ in prompts]
     margins: list[list[float]] = [[] for _ in prompts]
     first = [0.0] * len(prompts)
@@ -86,11 +83,13 @@ def _round(llm: Any, vllm: Any, number: int, prompts: list[Any], job: dict[str, 
     steps = 0
     order = _Order(job, llm)
     while engine.has_unfinished_requests():
-        if steps == job["damage_at"]:
-            damaged = llm.collective_rpc(f"{job['damage']}_blocks", args=(job["damage_blocks"],))
+        if steps == job["damage_at"] and job["damage"][number] != "none":
+            damaged = llm.collective_rpc(f"{job['damage'][number]}_blocks", args=(job["damage_blocks"],))
         if job["probe"]:
             probed.append(llm.collective_rpc(job["probe"])[0])
         order.before(steps)
+        if moves:
+            moves.before(steps)
         for output in engine.step():
             i = int(output.request_id.split("-")[1])
             tokens[i] = list(output.outputs[0].token_ids)
@@ -107,11 +106,12 @@ def _round(llm: Any, vllm: Any, number: int, prompts: list[Any], job: dict[str, 
         "first": first,
         "steps": steps,
         "seconds": seconds,
-        "cpu_seconds": _cpu_seconds() - burnt,
+        "cpu_seconds": cpu_seconds() - burnt,
         "damaged": damaged,
         "probed": probed,
         "held": order.held,
         "cached": cached,
+        "moved": moves.ordered if moves else 0,
     }
 
 
@@ -128,39 +128,6 @@ def _blocks(llm: Any) -> int:
 
 def _counters(llm: Any) -> dict[str, float]:
     return {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
-
-
-def _children() -> list[int]:
-    """This process and every one below it."""
-    found: list[int] = []
-    queue = [os.getpid()]
-    while queue:
-        pid = queue.pop()
-        found.append(pid)
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            queue.extend(int(word) for word in (task / "children").read_text(encoding="ascii").split())
-    return found
-
-
-def _peak_bytes() -> int:
-    """Peak resident bytes of all processes of this engine, shared pages counted in each."""
-    lines = [
-        line for pid in _children() for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
-    ]
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-
-def _cpu_seconds() -> float:
-    """Processor seconds that all processes of this engine have used."""
-    total = 0
-    for pid in _children():
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
-        total += int(fields[11]) + int(fields[12])
-    return total / os.sysconf("SC_CLK_TCK")
-
-
-def _send(events: TextIO, **event: Any) -> None:
-    events.write(json.dumps(event) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Runs vLLM engines in processes of their own: a job in, token ids and figures out, a deadline on every wait.
+"""Runs engines in processes of their own: a job in, token ids and figures out, a deadline on every wait.
 
     with start(Job(model=path, rounds=[prompts])) as engine:
         result = engine.finish()
@@ -23,38 +23,13 @@ from pathlib import Path
 from typing import IO, Any, Final, Literal
 
 from elastickv.config import process_environment
+from engines.kinds import KINDS, Kind, Name
 
 Prompt = list[int] | str
+Damage = Literal["none", "corrupt", "unmap"]
 
-HERE: Final = Path(__file__).resolve().parent
 START_SECONDS: Final = 240.0
 ROUND_SECONDS: Final = 600.0
-
-ENGINE: Final[dict[str, Any]] = {
-    "dtype": "float32",
-    "enforce_eager": True,
-    "block_size": 32,
-    "max_model_len": 1024,
-    "max_num_seqs": 16,
-    "max_num_batched_tokens": 2048,
-    "num_gpu_blocks_override": 512,
-    "kv_cache_memory_bytes": 1 << 30,
-    "gpu_memory_utilization": 0.1,
-    "enable_prefix_caching": True,
-    "seed": 0,
-}
-"""Engine arguments that suit this small machine; a job's own are laid over them."""
-
-ENVIRONMENT: Final = {
-    "CUDA_VISIBLE_DEVICES": "",
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "TOKENIZERS_PARALLELISM": "false",
-    "VLLM_PLUGINS": "",
-}
-"""VLLM_PLUGINS="" keeps every installed plug-in out: this is plain vLLM unless a job says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +37,11 @@ class Job:
     """What one engine is to do. `rounds`: each a list of prompts sent at once, one round after another.
 
     `core`: the CPU that the engine is bound to, None: all of them. `damage_at`: in every round, before this step,
-    `damage_blocks` blocks in use are damaged: "corrupt" overwrites them, "unmap" takes the memory behind them away.
+    `damage_blocks` blocks in use are damaged: "corrupt" overwrites them, "unmap" takes the memory behind them away,
+    "none" leaves them alone; several words are for a round each.
     `probe`: a method of the (first) worker, called before every step; a round has its answers.
-    `environment` is laid over ENVIRONMENT and this process's own.
+    `engine` and `environment` are laid over the kind's own, `environment` over this process's own, too.
+    `moves`: the fields of moves.Moves.
     """
 
     model: Path
@@ -74,26 +51,29 @@ class Job:
     environment: dict[str, str] = field(default_factory=dict)
     core: int | None = None
     logprobs: int | None = None
-    damage: Literal["corrupt", "unmap"] = "corrupt"
+    damage: Damage | Sequence[Damage] = "corrupt"
     damage_at: int = -1
     damage_blocks: int = 4
     probe: str | None = None
     order: dict[str, Any] | None = None
-    """A limit ordered before a step of an engine in one process: step, directory, device, name, limit, now."""
+    """A limit ordered before a step of a vLLM in one process: step, directory, device, name, limit, now."""
+    moves: dict[str, Any] | None = None
+    kind: Name = "vllm"
 
     def message(self) -> dict[str, Any]:
         return {
             "model": str(self.model),
             "rounds": [list(prompts) for prompts in self.rounds],
             "max_tokens": self.max_tokens,
-            "engine": {**ENGINE, **self.engine},
+            "engine": {**KINDS[self.kind].arguments, **self.engine},
             "logprobs": self.logprobs,
-            "damage": self.damage,
+            "damage": [self.damage] * len(self.rounds) if isinstance(self.damage, str) else list(self.damage),
             "damage_at": self.damage_at,
             "damage_blocks": self.damage_blocks,
             "core": self.core,
             "probe": self.probe,
             "order": self.order,
+            "moves": self.moves,
         }
 
 
@@ -117,6 +97,8 @@ class Round:
     one before the order on."""
     cached: list[int] = field(default_factory=list)
     """Tokens of each prompt that were found in the prefix cache."""
+    moved: int = 0
+    """Limits that the job's `moves` have ordered since the engine's start."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -145,12 +127,14 @@ class Result:
 
     @property
     def preemptions(self) -> int:
-        return int(self.counters.get("vllm:num_preemptions", 0))
+        """Requests that were sent back to wait, SGLang says "retracted"."""
+        return int(self.counters.get("vllm:num_preemptions", self.counters.get("retractions", 0)))
 
     @property
     def prefix_hits(self) -> int:
         """Tokens that were found in the prefix cache."""
-        return int(self.counters.get("vllm:prefix_cache_hits", 0))
+        cached = sum(sum(part.cached) for part in self.rounds)
+        return int(self.counters.get("vllm:prefix_cache_hits", cached))
 
 
 class EngineFailed(Exception):
@@ -178,7 +162,7 @@ class Engine:
             self.pids, self.blocks = list(self._ready["pids"]), int(self._ready["blocks"])
 
     def call(self, name: str, *args: Any, seconds: float = START_SECONDS) -> tuple[Any, str | None]:
-        """Calls a method of vllm.LLM between two rounds: what it returned, and what it raised as text."""
+        """Calls a method of the engine's object between two rounds: what it returned, and what it raised as text."""
         self.wait_ready()
         self._say(json.dumps({"name": name, "args": list(args)}))
         event = self._next("called", time.monotonic() + seconds)
@@ -244,16 +228,14 @@ class Engine:
 @contextmanager
 def start(job: Job) -> Iterator[Engine]:
     """Starts an engine and, whatever happens, ends every process of it."""
-    own = {name: value for name, value in process_environment().items() if not name.startswith(("ELASTICKV", "VLLM_"))}
-    environment = {**own, **ENVIRONMENT, **_threads(job.core), **job.environment}
-    environment["PYTHONPATH"] = os.pathsep.join([str(HERE), environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     inward, outward = os.pipe()
     with (
         tempfile.TemporaryDirectory(prefix="elastickv-engine-") as place,
         os.fdopen(inward, "rb", buffering=0) as events,
     ):
         log = Path(place, "log")
-        command = [sys.executable, str(HERE / "child.py"), str(outward)]
+        kind = KINDS[job.kind]
+        command = [sys.executable, str(kind.child), str(outward)]
         try:
             with log.open("wb") as file:
                 process = subprocess.Popen(
@@ -261,7 +243,7 @@ def start(job: Job) -> Iterator[Engine]:
                     stdin=subprocess.PIPE,
                     stdout=file,
                     stderr=file,
-                    env=environment,
+                    env=_environment(kind, job, Path(place)),
                     text=True,
                     pass_fds=[outward],
                     start_new_session=True,
@@ -284,10 +266,21 @@ def run(job: Job) -> Result:
         return engine.finish()
 
 
-def _threads(core: int | None) -> dict[str, str]:
-    if core is None:
-        return {}
-    return {"VLLM_CPU_OMP_THREADS_BIND": str(core), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+def _environment(kind: Kind, job: Job, place: Path) -> dict[str, str]:
+    strange = ("ELASTICKV", *kind.private)
+    own = {name: value for name, value in process_environment().items() if not name.startswith(strange)}
+    threads = {} if job.core is None else kind.threads(job.core)
+    environment = {**own, **kind.environment, **threads, **job.environment}
+    path = [str(folder) for folder in kind.path]
+    if kind.points:
+        path.append(str(place))
+        (place / "elastickv_tests-0.dist-info").mkdir()
+        (place / "elastickv_tests-0.dist-info/METADATA").write_text("Name: elastickv_tests\nVersion: 0\n")
+        (place / "elastickv_tests-0.dist-info/entry_points.txt").write_text(kind.points)
+        environment["ENGINE_TEST_PLACE"] = str(place)
+        (place / "job.json").write_text(json.dumps(job.message()))
+    environment["PYTHONPATH"] = os.pathsep.join([*path, environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    return environment
 
 
 def _end(process: subprocess.Popen[str]) -> None:
