@@ -27,7 +27,7 @@ def json_response(value: object, status: int = 200) -> Response:
 
 
 class Admin:
-    """Each route answers with the model as it is afterwards, in the form of ModelView."""
+    """Each route answers with the model as it is afterwards (or was last), in the form of ModelView."""
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
@@ -61,8 +61,9 @@ class Admin:
 
     async def _remove(self, request: Request) -> Response:
         name = request.path_params["name"]
+        model = self._fleet.model(name)
         await self._fleet.remove(name)
-        return json_response({"removed": name})
+        return json_response(model.view())
 
     async def _sleep(self, request: Request) -> Response:
         await self._fleet.sleep(request.path_params["name"])
@@ -77,7 +78,7 @@ class Admin:
         self._memory.give(len(body))
         try:
             value = msgspec.json.decode(body)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (msgspec.DecodeError, ValueError, RecursionError) as error:  # ValueError: not UTF-8
             raise Refused(f"the body is no JSON: {error}", status=400, code="invalid_json") from None
         if not isinstance(value, dict):
             raise Refused("the body must be a JSON object", status=400, code="invalid_json")

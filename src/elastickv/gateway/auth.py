@@ -181,4 +181,6 @@ def _unknown_key(whose: str, key: bytes | None) -> Refused:
 
 
 def _foreign(why: str) -> Refused:
-    return Refused(f"without an admin key only this machine's own requests are taken: {why}", status=403, code="foreign")
+    return Refused(
+        f"without an admin key only this machine's own requests are taken: {why}", status=403, code="foreign"
+    )

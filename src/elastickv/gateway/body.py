@@ -60,7 +60,6 @@ class BodyMemory:
                 status=503,
                 code="overloaded",
                 retry_after_s=1.0,
-                close=True,
             )
         self.held += size
 
@@ -102,7 +101,6 @@ async def read_body(receive: Receive, headers: Headers, most: int, deadline_s: f
                 f"the request's body was not complete after {deadline_s:.0f} s; {format_size(size)} had come",
                 status=408,
                 code="request_timeout",
-                close=True,
             ) from None
         raise
     return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -113,7 +111,6 @@ def _too_large(size: str, most: int) -> Refused:
         f"the body has {size}; at most {format_size(most)} are taken (max_body in the gateway's settings)",
         status=413,
         code="request_too_large",
-        close=True,
     )
 
 
@@ -155,7 +152,7 @@ def _bad(message: str, code: str) -> Refused:
 def _json(body: bytes) -> _Body:
     try:
         return _decoder.decode(body)
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, ValueError, RecursionError):
         pass
     # Python's own parser takes what many clients and engines take beyond the standard, such as NaN.
     try:

@@ -65,22 +65,17 @@ class Refused(ElasticKVError):
         code: str,
         param: str | None = None,
         retry_after_s: float | None = None,
-        close: bool = False,
     ) -> None:
         super().__init__(message, status=status, code=code, param=param, retry_after_s=retry_after_s)
         self.status, self.code, self.param = status, code, param
         self.retry_after_s = retry_after_s
-        self.close = close
-        """Whether the connection is of no use after this answer: the rest of the request is still to come."""
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (_again, (self.message, self.status, self.code, self.param, self.retry_after_s, self.close))
+        return (_again, (self.message, self.status, self.code, self.param, self.retry_after_s))
 
 
-def _again(
-    message: str, status: int, code: str, param: str | None, retry_after_s: float | None, close: bool
-) -> Refused:
-    return Refused(message, status=status, code=code, param=param, retry_after_s=retry_after_s, close=close)
+def _again(message: str, status: int, code: str, param: str | None, retry_after_s: float | None) -> Refused:
+    return Refused(message, status=status, code=code, param=param, retry_after_s=retry_after_s)
 
 
 def refusal_of(error: ElasticKVError) -> Refused:
@@ -114,6 +109,4 @@ def response_of(refused: Refused) -> Response:
         headers["retry-after"] = str(max(1, math.ceil(refused.retry_after_s)))
     if refused.status == 401:
         headers["www-authenticate"] = "Bearer"
-    if refused.close:
-        headers["connection"] = "close"
     return Response(error_body(refused), refused.status, headers, "application/json")

@@ -31,7 +31,7 @@ __all__ = ["Limits", "Proxy"]
 log = logging.getLogger(__name__)
 
 SENT_TWICE: Final = 2
-"""A request that was on its way to an engine that died is sent once more, and no more than that: it may be what kills."""
+"""A request that was on its way to an engine that died is sent once more and no more: it may be what kills."""
 CONNECT_AGAIN_S: Final = 0.1
 CLIENT_GONE: Final = 499
 """As nginx notes it; nobody receives it."""
@@ -163,8 +163,8 @@ class Proxy:
         """Until something of an answer has been passed on. Refused with 502 where engines keep dying over it."""
         lane, asked, sent = self._lane(model), request.asked, 0
         target = model.spec.ttft_target if request.target_s is None else request.target_s
+        deadline = time.monotonic() + model.spec.queue_deadline
         while True:
-            deadline = time.monotonic() + model.spec.queue_deadline
             place = await lane.enter(asked.prompt, asked.prompt + asked.answer, target, request.began, deadline)
             try:
                 await self._try(lane, place, request, relay)
@@ -178,10 +178,10 @@ class Proxy:
                         status=502,
                         code="engine_failed",
                     ) from None
-                again = 0.0 if broken.sent else CONNECT_AGAIN_S
+                deadline = _next_deadline(model, broken, deadline)
             finally:
                 place.leave()
-            await asyncio.sleep(again)
+            await asyncio.sleep(CONNECT_AGAIN_S)
 
     async def _try(self, lane: Lane, place: Place, request: _Request, relay: Relay) -> None:
         began = time.monotonic()
@@ -194,6 +194,17 @@ class Proxy:
             answer.close()  # a connection whose answer was read to its end has gone back to be used again already
         if relay.first_at is not None:
             lane.service.add(request.asked.prompt, relay.first_at - began)
+
+
+def _next_deadline(model: Model, broken: Broken, deadline: float) -> float:
+    """For the next try: a request whose engine died over it waits anew. Refused (503) where it is over."""
+    now = time.monotonic()
+    if broken.sent:
+        return now + model.spec.queue_deadline
+    if now >= deadline:
+        text = f"no engine of model {model.spec.name} can be reached: {broken.reason}; try again later"
+        raise Refused(text, status=503, code="unreachable", retry_after_s=CONNECT_AGAIN_S)
+    return deadline
 
 
 def _ttft_target(scope: Scope) -> float | None:

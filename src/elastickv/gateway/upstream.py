@@ -15,13 +15,13 @@ from yarl import URL
 from elastickv.gateway.body import Headers
 from elastickv.gateway.errors import Refused
 
-__all__ = ["Broken", "Upstream", "passed_on"]
+__all__ = ["Broken", "Upstream", "passed_on", "request_headers"]
 
 CONNECT_S: Final = 5.0
 SILENCE_S: Final = 1800.0
 """An engine that says nothing for so long in the midst of an answer is given up."""
 KEEP_S: Final = 3.0
-"""An idle connection to an engine is kept so long: less than the 5 s after which uvicorn, under most engines, closes."""
+"""An idle connection to an engine is kept so long: less than the 5 s after which most of them (uvicorn) close."""
 LONGEST_HEADER: Final = 64 * 1024
 
 _HOP_BY_HOP: Final = frozenset(

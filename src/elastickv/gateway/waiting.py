@@ -1,8 +1,8 @@
 """The queue in front of one model: bounded, with a deadline for each request, in the order that meets most targets.
 
-A request waits while its model starts, wakes, drains, restarts, or has as many requests as it may. One task a model, the
-pump, lives as long as somebody waits: it asks the model for replicas, and hands each free place to the request that
-elastickv.scheduling.order puts first. Everything belongs to the event loop's thread.
+A request waits while its model starts, wakes, drains, restarts, or has as many requests as it may. One task a model,
+the pump, lives as long as somebody waits: it asks the model for replicas, and hands each free place to the request
+that elastickv.scheduling.order puts first. Everything belongs to the event loop's thread.
 """
 
 from __future__ import annotations
