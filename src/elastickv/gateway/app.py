@@ -51,6 +51,39 @@ class _Engines:
             await self.proxy(scope, receive, send)
 
 
+class _Views:
+    """What the gateway says of itself to everybody."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    def routes(self) -> list[Route]:
+        return [
+            Route("/v1/models", self._models, methods=["GET"]),
+            Route("/v1/models/{name}", self._model, methods=["GET"]),
+            Route("/health", self._health, methods=["GET"]),
+            Route("/ready", self._ready, methods=["GET"]),
+            Route("/openapi.json", self._document, methods=["GET"]),
+        ]
+
+    async def _models(self, request: Request) -> Response:
+        return json_response({"object": "list", "data": [_listed(view) for view in self._fleet.models()]})
+
+    async def _model(self, request: Request) -> Response:
+        return json_response(_listed(self._fleet.model(request.path_params["name"]).view()))
+
+    async def _health(self, request: Request) -> Response:
+        return json_response({"status": "ok"})
+
+    async def _ready(self, request: Request) -> Response:
+        states = {view.name: view.state.value for view in self._fleet.models()}
+        starting = State.STARTING.value in states.values()
+        return json_response({"ready": not starting, "models": states}, 503 if starting else 200)
+
+    async def _document(self, request: Request) -> Response:
+        return json_response(document())
+
+
 def create_app(
     fleet: Fleet,
     recorder: Recorder,
@@ -81,31 +114,10 @@ def create_app(
             stack.push_async_callback(engines.proxy.close)
             yield
 
-    async def listed(request: Request) -> Response:
-        return json_response({"object": "list", "data": [_listed(view) for view in fleet.models()]})
-
-    async def shown(request: Request) -> Response:
-        return json_response(_listed(fleet.model(request.path_params["name"]).view()))
-
-    async def healthy(request: Request) -> Response:
-        return json_response({"status": "ok"})
-
-    async def ready(request: Request) -> Response:
-        states = {view.name: view.state.value for view in fleet.models()}
-        starting = any(state == State.STARTING.value for state in states.values())
-        return json_response({"ready": not starting, "models": states}, 503 if starting else 200)
-
-    async def described(request: Request) -> Response:
-        return json_response(document())
-
     own = [
-        Route("/v1/models", listed, methods=["GET"]),
-        Route("/v1/models/{name}", shown, methods=["GET"]),
+        *_Views(fleet).routes(),
         Route("/v1/{path:path}", engines),
         *(Route(path, engines) for path in BESIDE_V1),
-        Route("/health", healthy, methods=["GET"]),
-        Route("/ready", ready, methods=["GET"]),
-        Route("/openapi.json", described, methods=["GET"]),
         *Admin(fleet).routes(),
     ]
     return Starlette(
