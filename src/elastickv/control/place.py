@@ -28,9 +28,9 @@ _TIMEVAL: Final = struct.Struct("ll")
 _held: Final[weakref.WeakSet[Place]] = weakref.WeakSet()
 
 
-def open_private(directory: Path) -> int:
+def open_private(directory: Path, what: str = "the ledger directory") -> int:
     """A descriptor of the directory, which must be a real one, ours, and closed to others. Not created here."""
-    shown = f"the ledger directory '{directory}'"
+    shown = f"{what} '{directory}'"
     try:
         found = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:

@@ -133,6 +133,17 @@ def _die_with(keeper: int) -> Callable[[], None]:
     return prepare
 
 
+def _take(place: int) -> None:
+    """For life. Somebody who only looks holds the lock for a moment too."""
+    for _ in range(100):
+        try:
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(0.02)
+    fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Keeps what stands after --."""
     parser = argparse.ArgumentParser(prog="python -m elastickv.gateway.keeper", description="Keeps one engine.")
@@ -144,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         lock = os.open(given.lock, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         place = os.open(given.place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)  # for life
+        _take(place)
         keeper = Keeper(given.command, lock, given.grace)
     except OSError as error:
         say(f"{error.filename or given.place}: {error.strerror}")

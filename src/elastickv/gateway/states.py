@@ -36,12 +36,13 @@ class State(str, Enum):
 
 MOVES: Final[Mapping[State, frozenset[State]]] = {
     State.STOPPED: frozenset({State.STARTING}),
-    State.STARTING: frozenset({State.READY, State.FAILED, State.STOPPED}),
+    # To asleep: an engine that was found running, and sleeps.
+    State.STARTING: frozenset({State.READY, State.ASLEEP, State.FAILED, State.STOPPED}),
     State.READY: frozenset({State.DRAINING, State.FAILED}),
     # Back to ready: somebody wanted it again, or it could not be put to sleep.
     State.DRAINING: frozenset({State.ASLEEP, State.STOPPED, State.READY, State.FAILED}),
     State.ASLEEP: frozenset({State.WAKING, State.STOPPED, State.FAILED}),
-    State.WAKING: frozenset({State.READY, State.ASLEEP, State.FAILED}),
+    State.WAKING: frozenset({State.READY, State.ASLEEP, State.STOPPED, State.FAILED}),
     State.FAILED: frozenset({State.STARTING, State.STOPPED}),
 }
 
