@@ -56,7 +56,11 @@ class Replica(Protocol):
     tenant: str
     outstanding: int
     outstanding_tokens: int
-    alive: bool
+
+    @property
+    def alive(self) -> bool:
+        """Whether its process runs; of one elsewhere, whether it answers."""
+        ...
 
 
 class Ticket(Protocol):

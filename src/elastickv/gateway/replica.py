@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Collection
@@ -228,7 +229,7 @@ class Engine:
             answer = await self._around.client.get(f"{self.url}{self._server.health}", timeout=timeout)
         except httpx.HTTPError:
             return False
-        return answer.status_code == 200
+        return bool(answer.status_code == 200)
 
     async def is_asleep(self) -> bool:
         """Whether it says that it sleeps; False where it does not say."""
@@ -249,6 +250,8 @@ class Engine:
     async def wake(self, within: float) -> None:
         """Unavailable where it sleeps on, for want of memory; DeadlineExceeded; EngineRefused where it has broken."""
         await self._order(self._server.wake, within, "wake up")
+        if await self.is_asleep():
+            raise Unavailable(f"the engine {self.name} was told to wake up and sleeps on")
         if not await self.healthy():
             raise EngineRefused(f"the engine {self.name} woke up and does not answer")
         self._served()
@@ -279,4 +282,4 @@ class Engine:
     def _note_state(self, *, asleep: bool) -> None:
         old = self._record
         if old is not None:
-            self._note(Record(self.spec, old.replica, old.port, old.command, old.live, asleep, True))
+            self._note(dataclasses.replace(old, asleep=asleep, served=True))
