@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import uvloop
+
 from elastickv.errors import AlreadyExists, ElasticKVError, NotFound, Unavailable
 from elastickv.gateway.app import create_app
 from elastickv.gateway.auth import Keys
 from elastickv.gateway.base import ModelView, ReplicaView
 from elastickv.gateway.proxy import Limits
-from elastickv.gateway.server import WireLimits, make_server
+from elastickv.gateway.server import Server, WireLimits, listen
 from elastickv.gateway.spec import ModelSpec
 from elastickv.gateway.states import State
 from gateway.raw_engine import wait_until
@@ -159,17 +161,17 @@ class Front:
         self.fleet = FakeFleet()
         self.recorded = Recorded()
         self.app = create_app(self.fleet, self.recorded, limits=limits, drain_s=2, **more)
-        self.server = make_server(self.app, "127.0.0.1", 0, limits=wire, drain_s=2)
-        self._thread = threading.Thread(target=self.server.run, daemon=True)
+        self.server = Server(self.app, listen("127.0.0.1", 0), wire)
+        self.port = self.server.port
+        self._thread = threading.Thread(target=lambda: uvloop.run(self.server.serve()), daemon=True)
 
     def __enter__(self) -> Front:
         self._thread.start()
         wait_until(lambda: self.server.started or not self._thread.is_alive(), "the gateway serves")
-        self.port = self.server.servers[0].sockets[0].getsockname()[1]
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.server.should_exit = True
+        self.server.stop(2)
         self._thread.join(20)
         assert not self._thread.is_alive()
         assert not self.fleet.running

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -17,10 +20,13 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from elastickv.gateway.errors import Refused, error_body
+from elastickv.telemetry.server import cannot_listen
 
-__all__ = ["Wire", "WireLimits", "make_server"]
+__all__ = ["Server", "Wire", "WireLimits", "listen"]
 
 log = logging.getLogger(__name__)
+
+BACKLOG: Final = 2048
 
 
 @dataclass(frozen=True)
@@ -149,35 +155,64 @@ class Wire(HttpToolsProtocol):
         self._unread = self._unread or self.loop.call_later(self.limits.unread_s, self.transport.abort)
 
 
-BACKLOG: Final = 2048
+class Server(uvicorn.Server):
+    """Serves an application on a socket of listen(): `await server.serve()`, in a loop of uvloop's.
 
+    Signals are the caller's. `stop` may be called from the loop or from a handler of a signal.
+    """
 
-def make_server(
-    app: ASGIApp, host: str, port: int, *, limits: WireLimits | None = None, drain_s: float = 30.0
-) -> uvicorn.Server:
-    """A server that runs with `await server.serve()`. After SIGTERM it takes no more connections, and waits up to
-    `drain_s` seconds for the requests that run."""
-    chosen = limits or WireLimits()
+    def __init__(self, app: ASGIApp, listening: socket.socket, limits: WireLimits | None = None) -> None:
+        chosen = limits or WireLimits()
+        self._listening = listening
+        self.port: int = listening.getsockname()[1]
 
-    class Bound(Wire):
-        limits = chosen
+        class Bound(Wire):
+            limits = chosen
 
-    return uvicorn.Server(
-        uvicorn.Config(
-            app,
-            host=host,
-            port=port,
-            http=Bound,
-            loop="uvloop",
-            ws="none",
-            lifespan="on",
-            log_config=None,
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
-            date_header=False,
-            timeout_keep_alive=round(chosen.idle_s),
-            timeout_graceful_shutdown=round(drain_s),
-            backlog=BACKLOG,
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=Bound,
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+                date_header=False,
+                timeout_keep_alive=round(chosen.idle_s),
+                backlog=BACKLOG,
+            )
         )
-    )
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Until stop(), and until what ran then has ended."""
+        await super().serve([self._listening])
+
+    def stop(self, drain_s: float) -> None:
+        """Takes no more connections; requests that run may do so for up to `drain_s` seconds. Then serve() returns."""
+        self.config.timeout_graceful_shutdown = max(1, round(drain_s))
+        self.should_exit = True
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Takes none."""
+        yield
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket bound to the address; port 0: any that is free. AlreadyExists for a port that is in use, AccessDenied,
+    InvalidArgument for a host that is none of this machine's."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+            bound.listen(BACKLOG)  # else another could bind it too
+        except OSError:
+            bound.close()
+            raise
+    except OSError as error:
+        raise cannot_listen(error, host, port) from error
+    return bound

@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 
 from elastickv.errors import AccessDenied, AlreadyExists, ElasticKVError, InvalidArgument
 
-__all__ = ["MetricsServer"]
+__all__ = ["MetricsServer", "cannot_listen"]
 
 SILENCE_S: Final = 10.0
 """A client that says nothing for so long is left."""
@@ -46,7 +46,7 @@ class MetricsServer:
         try:
             self._server = _Server(host, port)
         except OSError as error:
-            raise _explained(error, host, port) from error
+            raise cannot_listen(error, host, port) from error
         self._server.set_app(make_wsgi_app(registry))
         self.port: int = self._server.server_port
         """The port it listens on; for port 0 the one that the system chose."""
@@ -60,7 +60,8 @@ class MetricsServer:
         self._server.server_close()
 
 
-def _explained(error: OSError, host: str, port: int) -> ElasticKVError:
+def cannot_listen(error: OSError, host: str, port: int) -> ElasticKVError:
+    """Says why, and what to do; for whatever listens at an address that a user gave."""
     what = f"cannot listen on {host} port {port}: {error.strerror or error}"
     if error.errno == errno.EADDRINUSE:
         return AlreadyExists(f"{what}; choose another with --port", port=port)
