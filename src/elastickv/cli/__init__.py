@@ -16,6 +16,7 @@ from elastickv.cli.forget import forget
 from elastickv.cli.limit import limit
 from elastickv.cli.plan import plan
 from elastickv.cli.run import run
+from elastickv.cli.serve import serve
 from elastickv.cli.status import status
 from elastickv.cli.top import top
 from elastickv.cli.trim import trim
@@ -32,7 +33,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command(context_settings={"allow_interspersed_args": False})(run)
-for verb in (status, top, limit, trim, forget, plan, doctor, exporter, demo):
+for verb in (serve, status, top, limit, trim, forget, plan, doctor, exporter, demo):
     app.command()(verb)
 app.add_typer(control, name="control")
 

@@ -25,6 +25,7 @@ __all__ = [
     "Name",
     "Page",
     "Priority",
+    "State",
     "Stock",
     "Virtual",
     "Weight",
@@ -68,4 +69,10 @@ GiveBackWait = Annotated[str | None, _setting("give_back_wait")]
 Stock = Annotated[str | None, _setting("stock")]
 HoldWindows = Annotated[str | None, _setting("hold_windows")]
 Log = Annotated[str | None, _setting("log")]
+State = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH", help="The gateway's private directory [default: gateway, in the ledgers'].", show_default=False
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for a program to read.")]

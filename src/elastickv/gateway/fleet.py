@@ -39,8 +39,8 @@ class EngineFleet:
         self, spec: GatewaySpec, settings: Settings, *, state: Path | None = None, patience: Patience | None = None
     ) -> None:
         """Nothing is started yet. ConfigError, NotFound or AlreadyExists where the models cannot be served so."""
-        self._spec = spec
-        self._settings = settings
+        self.url = ""
+        """Where the gateway listens, for those who look into its state directory."""
         self._models: dict[str, ServedModel] = {}
         self._patience = patience or Patience()
         self._reader = LedgerReader(settings.directory, "states of engines")
@@ -108,7 +108,9 @@ class EngineFleet:
         self._watching = asyncio.create_task(self._watch(), name="fleet")
 
     async def stop(self, drain_s: float) -> None:
-        """See base.Fleet."""
+        """See base.Fleet. A second call does nothing."""
+        if self._client.is_closed:
+            return
         for task in (self._watching, self._probing):
             if task is not None:
                 task.cancel()
@@ -190,7 +192,7 @@ class EngineFleet:
             self._models[action.name].begin(action.what, action.reason)
         if self._changed:
             self._changed = False
-            self._store.write_views(self.models())
+            self._store.write_view(self.url, self.models())
 
     async def _probe(self) -> None:
         await asyncio.gather(*(model.probe() for model in list(self._models.values())))

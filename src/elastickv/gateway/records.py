@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import os
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from elastickv.gateway.base import ModelView
 from elastickv.gateway.keeper import gateway_lives
 from elastickv.gateway.spec import ModelSpec
 
-__all__ = ["Record", "Store", "default_state", "read_views"]
+__all__ = ["GatewayView", "Record", "Store", "default_state", "read_view"]
 
 VERSION: Final = 1
 _LOCK: Final = "gateway.lock"
@@ -52,8 +53,11 @@ class Record:
 
 
 @dataclass(frozen=True)
-class _Views:
+class GatewayView:
+    """A gateway that lives, and how its models stood at Unix time `at`."""
+
     pid: int
+    url: str
     at: float
     models: tuple[ModelView, ...]
 
@@ -127,11 +131,10 @@ class Store:
                     found.append(record)
         return found
 
-    def write_views(self, models: list[ModelView]) -> None:
-        """How the models stand now."""
-        _replace(
-            self.directory / _VIEWS, msgspec.json.encode(_Views(os.getpid(), time.time(), tuple(models))), sync=False
-        )
+    def write_view(self, url: str, models: Sequence[ModelView]) -> None:
+        """How the models stand now. `url`: where the gateway listens."""
+        view = GatewayView(os.getpid(), url, time.time(), tuple(models))
+        _replace(self.directory / _VIEWS, msgspec.json.encode(view), sync=False)
 
     def close(self) -> None:
         """The gateway ends. Keepers that still keep an engine start to count."""
@@ -144,18 +147,18 @@ class Store:
         return self.engines / f"{replica}.json"
 
 
-def read_views(state: Path) -> tuple[ModelView, ...]:
-    """How the models of a living gateway stand; nothing where none lives."""
+def read_view(state: Path) -> GatewayView | None:
+    """The living gateway of a state directory, or None."""
     try:
         lock = os.open(state / _LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
-        return ()
+        return None
     try:
         if not gateway_lives(lock):
-            return ()
-        return msgspec.json.decode((state / _VIEWS).read_bytes(), type=_Views).models
+            return None
+        return msgspec.json.decode((state / _VIEWS).read_bytes(), type=GatewayView)
     except (OSError, msgspec.DecodeError, msgspec.ValidationError):
-        return ()
+        return None
     finally:
         os.close(lock)
 
