@@ -108,6 +108,26 @@ TEST("ledger: a refusal with ring records the demand and rings the neighbours") 
     CHECK(!a->pressed());
 }
 
+TEST("ledger: neighbours go on giving for a floor of which a part was granted") {
+    Directory directory;
+    auto ledger = open(directory, 64 * MiB);
+    auto a = join(ledger, "a");
+    CHECK_OK(a->lease(64 * MiB, false));
+    auto b = join(ledger, "b", 32 * MiB);
+    CHECK(b->lease(8 * MiB, true).code() == Code::unavailable);
+    Usage usage;
+    usage.used = 64 * MiB;
+    a->publish(usage, {});
+    a->give(8 * MiB);
+    CHECK_OK(b->lease(8 * MiB, true));
+    CHECK_EQ(row_of(ledger, "b").demand, 0U);
+    CHECK(a->pressed());
+    CHECK_EQ(a->ask().as_freed, 24 * MiB);
+    a->give(24 * MiB);
+    CHECK_OK(b->lease(24 * MiB, true));
+    CHECK(!a->pressed());
+}
+
 TEST("ledger: a demand expires by itself") {
     Directory directory;
     auto ledger = open(directory, 8 * MiB);

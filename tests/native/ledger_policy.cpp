@@ -235,6 +235,27 @@ TEST("ledger policy: a floor above the share is owed by those within theirs too,
     CHECK_EQ(asks(s)[0].as_freed, 10 * MiB);  // never below a floor
 }
 
+TEST("ledger policy: a floor stays owed for a while after a part of it was granted") {
+    Snapshot s = world(100);
+    add(s, 50);
+    add(s, 40);
+    Claim &late = add(s, 10);
+    late.floor = 30 * MiB;
+    late.demand_seen_ns = kNow - kDemandLifetimeNs;  // refused then, granted since
+    Asks a = asks(s);
+    CHECK_EQ(a[0].as_freed + a[1].as_freed, 20 * MiB);
+    CHECK_EQ(a[2].as_freed, 0U);
+    CHECK(decide(s, 2, MiB) == Verdict::capacity);
+    late.demand_seen_ns -= 1;
+    a = asks(s);
+    CHECK_EQ(a[0].as_freed + a[1].as_freed, 0U);
+    late.demand_seen_ns = kNow;
+    late.leased = late.floor;  // met, at the cost of the first
+    s.claims[0].leased = s.claims[0].used = 30 * MiB;
+    a = asks(s);
+    CHECK_EQ(a[0].as_freed + a[1].as_freed, 0U);
+}
+
 TEST("ledger policy: how much a demand may be for") {
     Snapshot s = world(100);
     add(s, 30);
@@ -319,7 +340,7 @@ Snapshot random_snapshot(std::mt19937_64 &random) {
         claim.leaving = upto(claim.leased - claim.cached - claim.mapped_free - claim.used);
         claim.active_ns = kNow - upto(2 * kActiveNs);
         if (random() % 3 == 0) {
-            claim.demand = 1 + upto(s.capacity / 4);
+            claim.demand = random() % 4 == 0 ? 0 : 1 + upto(s.capacity / 4);
             claim.ticket = random() % 1000;
             claim.demand_since_ns = kNow - upto(3 * kAgeingNs);
             claim.demand_seen_ns = kNow - upto(2 * kDemandLifetimeNs);
@@ -348,6 +369,10 @@ void check_grants(const Snapshot &s, int index, std::uint64_t bytes) {
     CHECK(verdict == decide(s, index, bytes));
 }
 
+bool wants_floor(const Claim &claim, std::uint64_t now) {
+    return claim.demand_seen_ns != 0 && now <= claim.demand_seen_ns + kDemandLifetimeNs && claim.held() < claim.floor;
+}
+
 void check_asks(const Snapshot &s) {
     const Asks a = asks(s);
     std::int64_t need = -i64(s.capacity) + i64(s.unmanaged), excess = need;
@@ -357,7 +382,7 @@ void check_asks(const Snapshot &s) {
     for (int i = 0; i < s.count; ++i) {
         const Claim &claim = s.claims[static_cast<std::size_t>(i)];
         const bool waits = demand_alive(claim, s.now_ns);
-        waiting += waits ? 1 : 0;
+        waiting += waits || wants_floor(claim, s.now_ns) ? 1 : 0;
         need += i64(std::max(claim.held() + (waits ? claim.demand : 0), std::max(claim.held(), claim.floor)));
         need -= i64(claim.leaving);
         const std::uint64_t stays = claim.held() - claim.leaving;
@@ -378,7 +403,8 @@ void check_asks(const Snapshot &s) {
         CHECK(ask.as_freed <= claim.used);
         CHECK(sum + claim.leaving <= claim.leased);
         CHECK(sum == 0 || claim.held() - claim.leaving - sum >= claim.floor);
-        const bool alone = waiting == 0 || (waiting == 1 && demand_alive(claim, s.now_ns));
+        const bool alone =
+            waiting == 0 || (waiting == 1 && (demand_alive(claim, s.now_ns) || wants_floor(claim, s.now_ns)));
         if (alone) CHECK(i64(sum) <= excess);
         if (claim.ask_open_ns != 0 && s.now_ns > claim.ask_open_ns + kAnswerNs) CHECK_EQ(sum, 0U);
         CHECK_EQ(ask.over_limit, claim.limit < claim.held() ? claim.held() - claim.limit : 0U);

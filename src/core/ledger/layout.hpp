@@ -105,7 +105,7 @@ struct alignas(64) Row {
     Revised limit_wanted, limit_held;
     Revised trim_wanted, trim_done;  // `bytes` of the latter: given back
     Word demand, demand_ticket, demand_since_ns;
-    Word demand_seen_ns;  // last refresh; 0: no demand. Written last, cleared first
+    Word demand_seen_ns;  // last refresh; 0: no demand, and no floor that is owed. Written last
     Word ask_open_ns;     // since when an ask has stood unanswered; 0: none
     Word ask_late_ns;     // the ask_open_ns that was counted as late
     Word active_ns;       // last time with pages in use or a lease granted; no lock

@@ -33,6 +33,12 @@ bool is_aged(const Claim &claim, std::uint64_t now_ns) noexcept {
     return demand_alive(claim, now_ns) && now_ns > claim.demand_since_ns + kAgeingNs;
 }
 
+// Bounded on both sides: a time stamp from the future is damage, and must not keep bytes for ever.
+bool refused_lately(const Claim &claim, std::uint64_t now_ns) noexcept {
+    return claim.demand_seen_ns != 0 && now_ns <= claim.demand_seen_ns + kDemandLifetimeNs &&
+           claim.demand_seen_ns <= now_ns + kDemandLifetimeNs;
+}
+
 bool is_active(const Claim &claim, std::uint64_t now_ns) noexcept {
     return demand_alive(claim, now_ns) || (claim.active_ns != 0 && now_ns < claim.active_ns + kActiveNs);
 }
@@ -42,8 +48,11 @@ struct Figures {
     Bytes held = 0, unmet = 0;
     Bytes want = 0;         // live demand, if it can be met at all
     Bytes beyond = 0;       // the part of `want` beyond the own floor
+    Bytes owed = 0;         // of its floor, while it wants it
     Bytes reclaimable = 0;  // mapped free and cached bytes above the floor
     Bytes share = 0;
+
+    bool waits() const noexcept { return want > 0 || owed > 0; }
     Rank rank{};
 };
 
@@ -87,10 +96,13 @@ Bytes room_for(const Snapshot &snapshot, int index) noexcept {
 
 void fill_demand(const Snapshot &snapshot, int index, Figures &figures) noexcept {
     const Claim &claim = snapshot.claims[static_cast<std::size_t>(index)];
-    if (!demand_alive(claim, snapshot.now_ns)) return;
+    if (!refused_lately(claim, snapshot.now_ns)) return;
+    if (claim.demand == 0) figures.owed = figures.unmet;  // a part was granted, and it will ask for the next
+    if (claim.demand == 0) return;
     const Bytes want = signed_bytes(claim.demand);
     if (figures.held + want > room_for(snapshot, index)) return;
     figures.want = want;
+    figures.owed = figures.unmet;
     figures.beyond = above(want, figures.unmet);
     figures.rank = {is_aged(claim, snapshot.now_ns), claim.leased + static_cast<std::uint64_t>(want), claim.weight,
                     claim.ticket};
@@ -100,7 +112,7 @@ World survey(const Snapshot &snapshot) noexcept {
     World world;
     world.spare = signed_bytes(snapshot.capacity) - signed_bytes(snapshot.unmanaged);
     Bytes held = 0;
-    Bytes unmet = 0;  // of those that wait
+    Bytes owed = 0;
     for (int i = 0; i < snapshot.count; ++i) {
         const Claim &claim = snapshot.claims[static_cast<std::size_t>(i)];
         Figures &figures = world.of[static_cast<std::size_t>(i)];
@@ -112,13 +124,13 @@ World survey(const Snapshot &snapshot) noexcept {
         world.spare -= figures.held + figures.unmet;
         held += figures.held;
         world.aged = world.aged || (figures.want > 0 && figures.rank.aged);
-        unmet += figures.want > 0 ? figures.unmet : 0;
+        owed += figures.owed;
         world.coming += std::min(signed_bytes(claim.leaving), signed_bytes(claim.leased));
         world.wanted += figures.beyond;
         world.reclaimable += figures.reclaimable;
     }
     world.excess = above(held + signed_bytes(snapshot.unmanaged), signed_bytes(snapshot.capacity) + world.coming);
-    world.owed = std::min(unmet, above(0, world.spare + world.coming));
+    world.owed = std::min(owed, above(0, world.spare + world.coming));
     fill_shares(snapshot, world);
     return world;
 }
@@ -274,7 +286,7 @@ Ask asked_of(const Taking &taking, std::size_t at) noexcept {
     bool others_wait = false;
     for (int i = 0; i < taking.snapshot.count; ++i) {
         const auto j = static_cast<std::size_t>(i);
-        others_wait = others_wait || (j != at && taking.world.of[j].want > 0);
+        others_wait = others_wait || (j != at && taking.world.of[j].waits());
     }
     const Bytes free = taking.world.spare + taking.world.coming;
     Bytes most = std::max(others_wait ? above(others, free) : 0, taking.world.excess);
@@ -300,9 +312,7 @@ int Snapshot::find(int slot) const noexcept {
 }
 
 bool demand_alive(const Claim &claim, std::uint64_t now_ns) noexcept {
-    // Bounded on both sides: a time stamp from the future is damage, and must not keep bytes for ever.
-    return claim.demand > 0 && claim.demand_seen_ns != 0 && now_ns <= claim.demand_seen_ns + kDemandLifetimeNs &&
-           claim.demand_seen_ns <= now_ns + kDemandLifetimeNs;
+    return claim.demand > 0 && refused_lately(claim, now_ns);
 }
 
 Verdict decide(const Snapshot &snapshot, int index, std::uint64_t bytes) noexcept {
@@ -330,7 +340,7 @@ Asks asks(const Snapshot &snapshot) noexcept {
         const auto at = static_cast<std::size_t>(i);
         const Claim &claim = snapshot.claims[at];
         const Figures &figures = world.of[at];
-        anybody_waits = anybody_waits || figures.want > 0;
+        anybody_waits = anybody_waits || figures.waits();
         const bool silent = claim.ask_open_ns != 0 && snapshot.now_ns > claim.ask_open_ns + kAnswerNs;
         if (silent) continue;
         const Bytes leaving = std::min(signed_bytes(claim.leaving), signed_bytes(claim.leased));

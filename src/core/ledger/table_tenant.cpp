@@ -146,7 +146,7 @@ Status TableTenant::refusal(policy::Verdict verdict, const policy::Snapshot &sna
 void TableTenant::record_demand(std::uint64_t bytes, std::uint64_t now) noexcept {
     Row &own = row();
     const std::uint64_t seen = get(own.demand_seen_ns);
-    if (seen == 0 || now > seen + policy::kDemandLifetimeNs) {
+    if (seen == 0 || get(own.demand) == 0 || now > seen + policy::kDemandLifetimeNs) {
         put(own.demand_seen_ns, 0);
         put(own.demand_ticket, table_.header().tickets.fetch_add(1, std::memory_order_relaxed) + 1);
         put(own.demand_since_ns, now);
@@ -164,8 +164,10 @@ void TableTenant::withdraw_demand() noexcept {
 
 void TableTenant::drop_demand() noexcept {
     if (get(row().demand_seen_ns) == 0) return;
-    put(row().demand_seen_ns, 0);
     put(row().demand, 0);
+    // Below the floor this was only a part: others go on giving for a while, whenever they look.
+    if (leased() + static_bytes() < floor()) return;
+    put(row().demand_seen_ns, 0);
     table_.header().demanders.fetch_and(~(std::uint64_t{1} << slot_), std::memory_order_relaxed);
 }
 

@@ -3,16 +3,20 @@
 // An extent can go only when nothing on it is used, and a busy engine reuses every block that becomes free, so a large
 // extent might never be empty. While pages in use are asked back, as they become free, some extents are therefore
 // *drained*: their free blocks are withheld from the engine, until nothing on them is used and they go, or until
-// nothing is asked any more. No request is stopped for it.
+// nothing has been asked for a while. No request is stopped for it.
 
 #include <algorithm>
 
+#include "base/futex.hpp"
 #include "pool/pool.hpp"
 
 namespace elastickv {
 namespace {
 
 constexpr std::uint64_t kAhead = 4;  // a drain lasts as long as the requests on it, and more is asked meanwhile
+// Who waits is granted a part, and asks for the next a moment later: what is asked swings, down to nothing and back. An
+// extent that was handed out again in between would be pinned anew, and no drain would end.
+constexpr std::uint64_t kKeepNs = 100'000'000;  // as long as the ledger keeps a demand that is not renewed
 
 }  // namespace
 
@@ -39,9 +43,14 @@ void Pool::set_draining(std::uint32_t head, bool draining) noexcept {
 // full of used blocks. What they cache goes at once, for a cached block may be wanted again and keep them.
 void Pool::drain(std::uint64_t pages, std::vector<std::uint32_t> &evicted) {
     pages = std::min(kAhead * pages, std::max(pages, held_pages_ / 4));
+    const std::uint64_t now = monotonic_ns();
+    if (pages >= drain_peak_ || now >= drain_peak_until_ns_) {
+        drain_peak_ = pages;
+        drain_peak_until_ns_ = now + kKeepNs;
+    }
     while (draining_.count() != 0) {
         const auto lowest = static_cast<std::uint32_t>(draining_.first());
-        if (draining_pages_ < pages + extents_[lowest].pages) break;
+        if (draining_pages_ < drain_peak_ + extents_[lowest].pages) break;
         set_draining(lowest, false);
     }
     for (const bool any : {false, true}) {

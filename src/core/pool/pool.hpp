@@ -217,6 +217,7 @@ class Pool {
     std::uint32_t coming_ = 0;      // blocks whose pages are all mapped or ordered, not all mapped
     std::uint64_t held_pages_ = 0;  // mapping or mapped
     std::uint64_t draining_pages_ = 0;
+    std::uint64_t drain_peak_ = 0, drain_peak_until_ns_ = 0;  // most pages that were to be drained, a while ago
     PageUsage usage_;
     std::uint64_t last_stock_miss_ns_ = 0;
     std::uint64_t unasked_until_ns_ = 0;                 // others wait, and nothing was asked of this pool a moment ago
