@@ -27,10 +27,10 @@
 // What a tenant would have to take from itself is not asked of it: dropping its own cache is its own next choice
 // anyway. Used pages are never asked back; `as_freed` tells a tenant above its share how many bytes to give back as its
 // pages become free, before it uses them again, and also one within it where outsiders have grown or a floor is owed:
-// one that is not met, of a tenant that waits, or was refused bytes within kDemandLifetimeNs and has been granted a part
-// since. What the operator orders of one tenant, to come under a limit or to trim, is asked of
-// it besides, whoever waits; a trim takes no more than is mapped free or cached, and nothing from under the floor. A
-// tenant that has not answered an ask for kAnswerNs is passed over until it does.
+// one that is not met, of a tenant that waits, or was refused bytes within kDemandLifetimeNs and has been granted a
+// part since. What the operator orders of one tenant, to come under a limit or to trim, is asked of it besides, whoever
+// waits; a trim takes no more than is mapped free or cached, and nothing from under the floor. A tenant that has not
+// answered an ask for kAnswerNs is passed over until it does.
 #pragma once
 
 #include <array>
@@ -53,8 +53,8 @@ struct Claim {
     std::uint64_t leased = 0, static_bytes = 0;
     std::uint32_t weight = 1;
     std::int32_t priority = 0;
-    std::uint64_t demand = 0;  // refused and still wanted
-    std::uint64_t ticket = 0;  // order of arrival of the demand
+    std::uint64_t demand = 0;                               // refused and still wanted
+    std::uint64_t ticket = 0;                               // order of arrival of the demand
     std::uint64_t demand_since_ns = 0, demand_seen_ns = 0;  // the latter may outlast it where the floor is not met
     std::uint64_t used = 0, cached = 0, mapped_free = 0;
     std::uint64_t leaving = 0;      // leased still, and being unmapped
