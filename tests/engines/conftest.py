@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from engines.harness import EngineFailed, Job, Round, start
+from engines.harness import EngineFailed, Result, Round, run, start
 from engines.oracle import make_tiny_llama, tiny_prompts
+from engines.subjects import SGLANG, VLLM
 
 TINY_PROMPTS = tiny_prompts(24)
 
@@ -36,14 +36,8 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def plain_sglang(tiny_llama: Path) -> PlainSGLang:
     """What plain SGLang answers, with all the memory it could want."""
-    job = Job(
-        tiny_llama,
-        [TINY_PROMPTS] * 4,
-        kind="sglang",
-        core=min(os.sched_getaffinity(0)),
-        damage=["none", "none", "corrupt", "unmap"],
-        damage_at=60,
-    )
+    damage = {"damage": ["none", "none", "corrupt", "unmap"], "damage_at": SGLANG.busy_step}
+    job = SGLANG.job(tiny_llama, [TINY_PROMPTS] * 4, **damage)
     with start(job) as engine:
         rounds = []
         for _ in range(3):
@@ -53,3 +47,9 @@ def plain_sglang(tiny_llama: Path) -> PlainSGLang:
         with pytest.raises(EngineFailed) as caught:
             engine.wait_round()
         return PlainSGLang(rounds[:2], rounds[2], f"{caught.value}\n{engine.log()}")
+
+
+@pytest.fixture(scope="session")
+def plain_vllm(tiny_llama: Path) -> Result:
+    """What plain vLLM answers, with all the memory it could want."""
+    return run(VLLM.job(tiny_llama, [TINY_PROMPTS] * 2))
