@@ -104,6 +104,8 @@ def test_memory_is_bounded(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Non
     stats.forget("m0")
     assert stats.model("m0") == ModelStats()
     stats.forget("m0")
+    assert stats.total().requests == 50
+    assert stats.total().ttft.count == module.KEPT
 
 
 def test_threads_lose_nothing() -> None:

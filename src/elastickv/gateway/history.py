@@ -69,6 +69,7 @@ class History:
         self._events: deque[dict[str, Any]] = deque(maxlen=KEPT)
         self._devices: dict[str, DeviceView | None] = {}
         self._models: list[dict[str, Any]] = []
+        self._total = ModelStats()
         self._last_move: dict[str, float] = {}
 
     def look(self, models: Sequence[ModelView]) -> None:
@@ -76,18 +77,20 @@ class History:
         devices = dict(self._reader.read())
         now = self._clock()
         figures = {model.name: self._stats.model(model.name) for model in models}
+        total = self._stats.total()
         with self._lock:
             self._number += 1
             self._note_hand_overs(devices, now)
             self._note_moves(models)
-            self._devices = devices
+            self._devices, self._total = devices, total
             self._models = [_model(model, figures[model.name]) for model in models]
             self._samples.append(
                 {
                     "n": self._number,
                     "t": round(now, 3),
                     "devices": {name: _memory(view) for name, view in devices.items() if view is not None},
-                    "models": {model.name: _measured(model, figures[model.name]) for model in models},
+                    "models": {model.name: _counted(model, figures[model.name]) for model in models},
+                    "latency": _latency(total),
                 }
             )
 
@@ -99,6 +102,7 @@ class History:
                 "now": round(self._clock(), 3),
                 "devices": {name: _device(view) for name, view in self._devices.items()},
                 "models": self._models,
+                "total": self._total,
                 "samples": [sample for sample in self._samples if sample["n"] > number],
                 "events": [event for event in self._events if event["n"] > number],
             }
@@ -133,10 +137,14 @@ def _memory(view: DeviceView) -> dict[str, Any]:
     return {"tenants": held, "outside": view.unmanaged}
 
 
-def _measured(model: ModelView, stats: ModelStats) -> list[float | None]:
-    """Of a sample: tokens a second, waiting, running, P50 and P99 of TTFT, P50 and P99 of TPOT (seconds)."""
-    ttft, tpot = stats.ttft, stats.tpot
-    figures = (stats.tokens_per_s, model.queued, model.outstanding, ttft.p50, ttft.p99, tpot.p50, tpot.p99)
+def _counted(model: ModelView, stats: ModelStats) -> tuple[float, int, int]:
+    """Of a sample: tokens a second, requests that wait, requests that run."""
+    return round(stats.tokens_per_s, 2), model.queued, model.outstanding
+
+
+def _latency(total: ModelStats) -> list[float | None]:
+    """Of a sample: P50 and P99 of TTFT, P50 and P99 of TPOT, in seconds."""
+    figures = (total.ttft.p50, total.ttft.p99, total.tpot.p50, total.tpot.p99)
     return [None if value is None else round(value, 5) for value in figures]
 
 

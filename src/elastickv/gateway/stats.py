@@ -68,27 +68,31 @@ class Stats:
         self._clock = clock
         self._lock = threading.Lock()
         self._models: dict[str, _Model] = {}
+        self._total = _Model()
 
     def arrived(self, model: str, prompt_tokens: int) -> None:
         """A request for `model` was let in; its prompt's tokens as estimated from the body."""
         name, kept = self._of(model)
         with self._lock:
-            kept.arrivals.add(self._clock(), 1)
+            for one in (kept, self._total):
+                one.arrivals.add(self._clock(), 1)
         self._series.prompt_tokens.labels(name).inc(max(0, prompt_tokens))
 
     def first_byte(self, model: str, seconds: float) -> None:
         """The first byte of a streamed answer went to the client, so long after its request had arrived: the TTFT."""
         name, kept = self._of(model)
         with self._lock:
-            kept.ttft.append((self._clock(), seconds))
+            for one in (kept, self._total):
+                one.ttft.append((self._clock(), seconds))
         self._series.ttft.labels(name).observe(seconds)
 
     def produced(self, model: str, tokens: int) -> None:
         """So many tokens of an answer passed just now: tokens a second come from this alone."""
         name, kept = self._of(model)
         with self._lock:
-            kept.tokens.add(self._clock(), tokens)
-            kept.output_tokens += tokens
+            for one in (kept, self._total):
+                one.tokens.add(self._clock(), tokens)
+                one.output_tokens += tokens
         self._series.output_tokens.labels(name).inc(max(0, tokens))
 
     def finished(self, model: str, seconds: float, output_tokens: int, status: int, decode_s: float = 0.0) -> None:
@@ -97,10 +101,11 @@ class Stats:
         name, kept = self._of(model)
         tpot = decode_s / (output_tokens - 1) if decode_s > 0 and output_tokens > 1 and status == 200 else None
         with self._lock:
-            kept.requests += 1
-            kept.failed += status >= FAILED_FROM
-            if tpot is not None:
-                kept.tpot.append((self._clock(), tpot))
+            for one in (kept, self._total):
+                one.requests += 1
+                one.failed += status >= FAILED_FROM
+                if tpot is not None:
+                    one.tpot.append((self._clock(), tpot))
         self._series.requests.labels(name, str(status)).inc()
         self._series.request.labels(name).observe(seconds)
         if tpot is not None:
@@ -117,6 +122,12 @@ class Stats:
         with self._lock:
             kept = self._models.get(name)
             return ModelStats() if kept is None else kept.figures(now)
+
+    def total(self) -> ModelStats:
+        """The figures of all requests together, those of models that are gone included."""
+        now = self._clock()
+        with self._lock:
+            return self._total.figures(now)
 
     def _of(self, model: str) -> tuple[str, _Model]:
         with self._lock:

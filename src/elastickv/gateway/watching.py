@@ -46,7 +46,7 @@ LIMIT_WAIT_S: Final = 5.0
 """How long an order waits for its tenant; the order stands whether or not it answers."""
 
 _KINDS: Final = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
-_FILES: Final = ("index.html", "app.js", "chart.js", "style.css", "icon.svg")
+_FILES: Final = ("index.html", "app.js", "panels.js", "chart.js", "format.js", "style.css", "icon.svg")
 _HEADERS: Final = {
     # Nothing but what this gateway serves itself; nobody may frame it.
     "Content-Security-Policy": (
