@@ -15,6 +15,8 @@ const requests = new Requests(byId("requests"), lookOf);
 let answeredAt = performance.now();
 let failures = 0;
 let timer = 0;
+let asking = false;
+let again = false;
 let refused = "";
 
 // ---- what is asked ----
@@ -33,7 +35,10 @@ async function ask(path, options = {}) {
   throw error;
 }
 
+// One question at a time; `again` asks once more right after the one that is under way.
 async function poll() {
+  if (asking) { again = true; return; }
+  asking = true;
   clearTimeout(timer);
   try {
     take(await ask(`/admin/watch?since=${seen.n}`, { signal: AbortSignal.timeout(SLOWEST_MS) }));
@@ -44,23 +49,25 @@ async function poll() {
     failures += 1;
     if (error.status === 401 || error.status === 403) refused = error.message;
   }
+  asking = false;
   showLink();
   const interval = (seen.latest?.interval ?? 1) * 1000;
-  timer = setTimeout(poll, failures ? Math.min(SLOWEST_MS, interval * 2 ** Math.min(failures - 1, 4)) : interval);
+  const pause = failures ? Math.min(SLOWEST_MS, interval * 2 ** Math.min(failures - 1, 4)) : interval;
+  timer = setTimeout(poll, again ? 0 : pause);
+  again = false;
 }
 
 function take(answer) {
   if (seen.run !== answer.run) { // another gateway than before: its numbers begin anew
-    const first = seen.run === null;
+    const stale = seen.n > 0;
     Object.assign(seen, { run: answer.run, n: 0, samples: [], events: [] });
-    if (!first) { poll(); return; }
+    if (stale) { again = true; return; }
   }
   seen.n = answer.n;
   seen.latest = answer;
   seen.samples.push(...answer.samples);
   seen.events.push(...answer.events);
-  const old = answer.now - KEEP_S;
-  seen.samples = seen.samples.filter((sample) => sample.t >= old);
+  seen.samples = seen.samples.filter((sample) => sample.t >= answer.now - KEEP_S);
   seen.events = seen.events.slice(-400);
   render();
 }
@@ -134,8 +141,8 @@ function renderTiles({ devices, models, total }) {
     ["Models ready", `${ready} of ${models.length}`, others.join(", ") || "none asleep"],
     ["Requests running", count(sum("outstanding")), `${count(sum("queued"))} waiting, ${count(total.failed)} of ${count(total.requests)} failed`],
     ["Tokens/s", count(total.tokens_per_s), `${count(total.output_tokens)} in all`],
-    ["TTFT, P50", seconds(total.ttft.p50), `P99 ${seconds(total.ttft.p99)} of ${counted(total.ttft.count, "answer")}`],
-    ["TPOT, P50", seconds(total.tpot.p50), `P99 ${seconds(total.tpot.p99)} of ${counted(total.tpot.count, "answer")}`],
+    ["TTFT, P50", seconds(total.ttft.p50), `P99 ${seconds(total.ttft.p99)}, ${counted(total.ttft.count, "answer")}`],
+    ["TPOT, P50", seconds(total.tpot.p50), `P99 ${seconds(total.tpot.p99)}, ${counted(total.tpot.count, "answer")}`],
   ];
   const nodes = keyed(byId("summary"), tiles.map(([name]) => name), (name) =>
     element("div", {}, element("dt", {}, name), element("dd"), element("dd", { class: "more" })));
@@ -198,7 +205,7 @@ function modelRow(name) {
     cell({ class: "number", "data-label": "Tokens/s" }),
     cell({ class: "number", "data-label": "TTFT P50, P99" }),
     cell({ class: "number", "data-label": "TPOT P50, P99" }),
-    cell({ class: "memory" }, element("span", { class: "sub" }), element("span", { class: "meter", "aria-hidden": "true" })),
+    cell({ class: "memory" }, element("span", { class: "sub" }), element("span", { class: "meter", "aria-hidden": "true" }), element("span", { class: "sub" })),
     cell({ class: "actions" }, act, limit));
 }
 
@@ -210,10 +217,12 @@ function renderModels() {
   rows.forEach((row, i) => fillRow(row, models[i]));
 }
 
+const POLICIES = { pressure: "sleeps when others need memory", idle: "sleeps when idle", never: "stays awake" };
+
 function fillRow(row, model) {
   const [head, condition, load, tokens, ttft, tpot, held, actions] = row.children;
   const { stats } = model;
-  say(head.lastChild, model.replicas === 1 ? `sleeps: ${model.policy}` : `${model.ready} of ${model.replicas} replicas ready`);
+  say(head.lastChild, model.replicas === 1 ? POLICIES[model.policy] ?? model.policy : `${model.ready} of ${model.replicas} replicas ready`);
   const state = condition.firstChild;
   put(state, "class", `state ${model.state}`);
   put(state.querySelector("path"), "d", SHAPES[model.state] || SHAPES.ready);
@@ -242,10 +251,12 @@ function fillMemory(cell, model) {
   const used = add("static") + add("used") + add("transit");
   const idle = add("cached") + add("mapped_free");
   const limit = found.length === 1 ? found[0][1].limit : null;
-  const text = found.length ? `${size(used)} in use, ${size(idle)} can go` : "nothing on the ledger";
-  say(cell.firstChild, limit === null ? text : `${text}; limit ${size(limit)}${found[0][1].limit_agreed ? "" : " ordered"}`);
+  const text = found.length ? used + idle ? `${size(used)} in use, ${size(idle)} reclaimable` : "holds nothing" : "nothing on the ledger";
+  const ordered = found.length === 1 && !found[0][1].limit_agreed ? `, ordered ${size(found[0][1].limit_wanted)}` : "";
+  say(cell.firstChild, text);
+  say(cell.children[2], limit === null && !ordered ? "no limit" : `limit ${size(limit)}${ordered}`);
   const look = lookOf(model.name);
-  const bars = keyed(cell.lastChild, ["used", "idle", ...(limit === null ? [] : ["limit"])], (name) =>
+  const bars = keyed(cell.children[1], ["used", "idle", ...(limit === null ? [] : ["limit"])], (name) =>
     element(name === "limit" ? "u" : "i", { class: `${look} ${name === "idle" ? "idle" : ""}` }));
   const percent = (bytes) => `${whole ? Math.min(100, (100 * bytes) / whole) : 0}%`;
   bars[0].style.width = percent(used);

@@ -4,6 +4,7 @@ const UNITS = ["bytes", "KiB", "MiB", "GiB", "TiB"];
 
 export function size(bytes) {
   if (bytes === null || bytes === undefined) return "none";
+  if (bytes === 0) return "0";
   let power = 0;
   let value = bytes;
   while (value >= 1024 && power < UNITS.length - 1) { value /= 1024; power += 1; }
@@ -13,6 +14,7 @@ export function size(bytes) {
 
 export function seconds(value) {
   if (value === null || value === undefined) return "–";
+  if (value === 0) return "0";
   if (value < 0.001) return `${(value * 1e6).toFixed(0)} µs`;
   if (value < 0.01) return `${(value * 1e3).toFixed(1)} ms`;
   if (value < 1) return `${(value * 1e3).toFixed(0)} ms`;
@@ -23,9 +25,14 @@ export function duration(value) {
   const whole = Math.max(0, Math.floor(value));
   if (value < 10) return `${value.toFixed(1)} s`;
   if (whole < 60) return `${whole} s`;
-  if (whole < 3600) return `${Math.floor(whole / 60)} min ${whole % 60} s`;
-  if (whole < 86400) return `${Math.floor(whole / 3600)} h ${Math.floor((whole % 3600) / 60)} min`;
-  return `${Math.floor(whole / 86400)} d ${Math.floor((whole % 86400) / 3600)} h`;
+  if (whole < 3600) return both(whole, 60, "min", "s");
+  if (whole < 86400) return both(whole / 60, 60, "h", "min");
+  return both(whole / 3600, 24, "d", "h");
+}
+
+function both(value, parts, large, small) {
+  const rest = Math.floor(value % parts);
+  return `${Math.floor(value / parts)} ${large}${rest ? ` ${rest} ${small}` : ""}`;
 }
 
 const TIME = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23" });

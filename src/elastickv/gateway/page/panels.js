@@ -23,7 +23,7 @@ export class Memory {
     const body = element("tbody");
     const table = element("table", { class: "tenants" },
       element("caption", { class: "hidden" }, `Tenants of ${name}`),
-      element("thead", {}, element("tr", {}, ...["Tenant", "In use", "Can go", "Floor", "Limit"].map((text, i) => element("th", i === 3 ? { scope: "col", class: "wide" } : { scope: "col" }, text)))),
+      element("thead", {}, element("tr", {}, ...["Tenant", "In use", "Reclaimable", "Floor", "Limit"].map((text, i) => element("th", i === 3 ? { scope: "col", class: "wide" } : { scope: "col" }, text)))),
       body);
     const card = { name, body, askLimit, note: head.lastChild, at: null };
     card.chart = new Chart({
@@ -97,7 +97,7 @@ export class Memory {
 
   describe(card, index) {
     const sample = card.samples[index];
-    const parts = Object.entries(sample.devices[card.name].tenants).map(([name, [used, idle]]) => `${name} ${size(used)} in use, ${size(idle)} can go`);
+    const parts = Object.entries(sample.devices[card.name].tenants).map(([name, [used, idle]]) => `${name} ${size(used)} in use, ${size(idle)} reclaimable`);
     return `${clock(sample.t)}: ${parts.join("; ") || "no tenant"}`;
   }
 }
@@ -108,7 +108,7 @@ export class Requests {
     this.lookOf = lookOf;
     this.charts = [
       this.add(parent, "Tokens/s, by model", count, (value) => `${count(value)} tokens/s`),
-      this.add(parent, "Requests waiting, by model", count, (value) => `${count(value)} waiting`),
+      this.add(parent, "Waiting, by model", count, (value) => `${count(value)} waiting`),
       this.add(parent, "TTFT, P50 and P99", seconds, null),
       this.add(parent, "TPOT, P50 and P99", seconds, null),
     ];
