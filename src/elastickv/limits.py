@@ -15,7 +15,7 @@ from elastickv.config import Settings
 from elastickv.errors import DeadlineExceeded, InvalidArgument, NotFound
 from elastickv.ledger import DeviceView, Limit, TenantView, read_device
 from elastickv.ledgers import open_chosen_ledger
-from elastickv.units import format_seconds, format_size, parse_size_or_none
+from elastickv.units import MAX_SIZE, format_seconds, format_size, parse_size_or_none
 
 __all__ = ["LimitOrder", "State", "late", "limit_order", "place_order", "set_limit", "wait_for_order"]
 
@@ -69,8 +69,8 @@ def set_limit(
 
 def place_order(ledger: _core.Ledger, name: str, limit: int | None, now: bool = False) -> int:
     """Writes the order and returns its revision; does not wait. Errors as those of set_limit()."""
-    if limit is not None and limit < 0:
-        raise InvalidArgument(f"a limit of {limit} bytes; give 0 or more, or none", limit=limit)
+    if limit is not None and not 0 <= limit <= MAX_SIZE:
+        raise InvalidArgument(f"a limit of {limit} bytes; give 0 or more, up to {MAX_SIZE}, or none", limit=limit)
     return ledger.order_limit(name, limit, now)
 
 

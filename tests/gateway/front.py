@@ -140,12 +140,16 @@ class Recorded:
     arrivals: list[tuple[str, int]] = field(default_factory=list)
     firsts: list[tuple[str, float]] = field(default_factory=list)
     ends: list[tuple[str, float, int, int, float]] = field(default_factory=list)
+    pieces: list[tuple[str, int]] = field(default_factory=list)
 
     def arrived(self, model: str, prompt_tokens: int) -> None:
         self.arrivals.append((model, prompt_tokens))
 
     def first_byte(self, model: str, seconds: float) -> None:
         self.firsts.append((model, seconds))
+
+    def produced(self, model: str, tokens: int) -> None:
+        self.pieces.append((model, tokens))
 
     def finished(self, model: str, seconds: float, output_tokens: int, status: int, decode_s: float = 0.0) -> None:
         self.ends.append((model, seconds, output_tokens, status, decode_s))

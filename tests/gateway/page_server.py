@@ -1,41 +1,56 @@
-"""The page's routes on a real socket, with models that are only said to be there and tenants on a real ledger."""
+"""A gateway whose models are only said to be there, with its page, on a real socket and over a real ledger."""
 
 from __future__ import annotations
 
 import contextlib
-import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import uvicorn
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+import uvloop
 
-from elastickv.errors import ElasticKVError, NotFound
+from elastickv.errors import NotFound, Unavailable
+from elastickv.gateway.app import create_app
+from elastickv.gateway.auth import Keys
 from elastickv.gateway.base import ModelView
+from elastickv.gateway.server import Server, listen
+from elastickv.gateway.spec import ModelSpec
 from elastickv.gateway.states import Move, State
 from elastickv.gateway.stats import Stats
 from elastickv.gateway.watching import Watching
+from gateway.front import FakeFleet, FakeModel
+from gateway.raw_engine import wait_until
 
 
-class Models:
-    """Stands in for a fleet: a table of views, whose models sleep and wake when they are told to."""
+class ShownModel(FakeModel):
+    """A model that is what a view says."""
+
+    def __init__(self, fleet: ShownFleet, name: str) -> None:
+        super().__init__(ModelSpec(name, path="nowhere"), ())
+        self._fleet = fleet
+
+    def view(self) -> ModelView:
+        return self._fleet.views[self.spec.name]
+
+
+class ShownFleet(FakeFleet):
+    """A table of views, whose models sleep and wake when they are told to; `refuse`: or why they do not."""
 
     def __init__(self, *views: ModelView) -> None:
+        super().__init__()
         self.views = {view.name: view for view in views}
-        self.told: list[tuple[str, str]] = []
         self.refuse = ""
-        """If not empty, orders fail with this text."""
 
     def models(self) -> list[ModelView]:
         return list(self.views.values())
+
+    def model(self, name: str) -> FakeModel:
+        if name not in self.views:
+            raise NotFound(f"there is no model {name!r}")
+        return ShownModel(self, name)
 
     def move(self, name: str, to: State, reason: str) -> None:
         view = self.views[name]
@@ -43,72 +58,34 @@ class Models:
         move = Move(view.state, to, reason, now, now - view.since)
         self.views[name] = replace(view, state=to, reason=reason, since=now, moves=(*view.moves, move))
 
-    async def order(self, request: Request) -> Response:
-        name, order = request.path_params["name"], request.path_params["order"]
-        self.told.append((order, name))
+    async def sleep(self, name: str) -> None:
+        self._told("sleep", name, State.ASLEEP)
+
+    async def wake(self, name: str) -> None:
+        self._told("wake", name, State.READY)
+
+    def _told(self, order: str, name: str, to: State) -> None:
+        self.calls.append((order, name))
         if self.refuse:
-            return JSONResponse({"error": {"message": self.refuse}}, 503)
-        self.move(name, State.ASLEEP if order == "sleep" else State.READY, f"told to {order}")
-        return Response(status_code=204)
-
-
-class NeedsKey:
-    """What stands in front of /admin where there is a key."""
-
-    def __init__(self, app: ASGIApp, key: str) -> None:
-        self._app, self._key = app, key
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].startswith("/admin") and self._key:
-            given = dict(scope["headers"]).get(b"authorization", b"").decode()
-            if given != f"Bearer {self._key}":
-                answer = JSONResponse({"error": {"message": "wrong or no admin key"}}, 401)
-                await answer(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-
-async def explain(request: Request, error: Exception) -> Response:
-    status = 404 if isinstance(error, NotFound) else 400
-    return JSONResponse({"error": {"message": str(error)}}, status)
-
-
-def application(directory: Path, models: Models, stats: Stats, key: str = "") -> ASGIApp:
-    watching = Watching(directory, models.models, stats)
-
-    @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        async with watching.running():
-            yield
-
-    orders = Route("/admin/models/{name}/{order}", models.order, methods=["POST"])
-    app = Starlette(
-        routes=[*watching.routes(), orders], lifespan=lifespan, exception_handlers={ElasticKVError: explain}
-    )
-    return NeedsKey(app, key)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+            raise Unavailable(self.refuse)
+        self.move(name, to, f"told to {order}")
 
 
 @contextmanager
-def serving(app: ASGIApp, port: int) -> Iterator[str]:
+def page_server(
+    directory: Path, fleet: ShownFleet, stats: Stats | None = None, *, port: int = 0, keys: Keys | None = None
+) -> Iterator[tuple[str, Watching]]:
     """Serves in a thread of its own; gives the URL."""
-    config = uvicorn.Config(app, "127.0.0.1", port, log_level="warning", timeout_graceful_shutdown=2)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
+    stats = stats or Stats()
+    watching = Watching(directory, fleet.models, stats)
+    app = create_app(fleet, stats, keys=keys, drain_s=1, routes=watching.routes(), around=watching.running())
+    server = Server(app, listen("127.0.0.1", port))
+    thread = threading.Thread(target=lambda: uvloop.run(server.serve()), daemon=True)
     thread.start()
-    until = time.monotonic() + 30
-    while not server.started:
-        if time.monotonic() > until or not thread.is_alive():
-            raise RuntimeError("the page's server did not start within 30 s")
-        time.sleep(0.01)
+    wait_until(lambda: server.started or not thread.is_alive(), "the gateway serves")
     try:
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{server.port}", watching
     finally:
-        server.should_exit = True
         with contextlib.suppress(RuntimeError):
-            thread.join(30)
+            server.stop(2)
+        thread.join(30)

@@ -15,7 +15,7 @@ from elastickv.gateway.body import BodyMemory, read_body
 from elastickv.gateway.errors import Refused
 from elastickv.gateway.spec import model_from_mapping
 
-__all__ = ["MAX_BODY", "Admin", "json_response"]
+__all__ = ["BODY_S", "MAX_BODY", "Admin", "json_response"]
 
 MAX_BODY = 64 * 1024
 BODY_S = 10.0

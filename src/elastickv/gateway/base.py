@@ -160,7 +160,7 @@ class Recorder(Protocol):
         ...
 
     def produced(self, model: str, tokens: int) -> None:
-        """So many tokens of an answer went to the client: called piece by piece where it is streamed."""
+        """About so many tokens of an answer went to the client: called piece by piece where it is streamed."""
         ...
 
     def finished(self, model: str, seconds: float, output_tokens: int, status: int, decode_s: float = 0.0) -> None:

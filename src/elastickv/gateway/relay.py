@@ -60,6 +60,8 @@ class Relay:
         self.seconds = now - self._began
         tokens = self._events if self._tokens is None else self._tokens
         decode = 0.0 if self.first_at is None else self._last_at - self.first_at
+        if tokens > self._events:
+            self._recorder.produced(self._model, tokens - self._events)
         self._recorder.finished(self._model, self.seconds, tokens, status, decode)
 
     async def _whole(self, answer: aiohttp.ClientResponse, head: dict[str, object]) -> None:
@@ -109,7 +111,9 @@ class Relay:
             if self.status == 200:
                 self._recorder.first_byte(self._model, self._last_at - self._began)
         if streamed:
-            self._events += chunk.count(b"data: {")
+            events = chunk.count(b"data: {")
+            self._events += events
+            self._recorder.produced(self._model, events)
         self._look(chunk)
 
     def _look(self, chunk: bytes) -> None:

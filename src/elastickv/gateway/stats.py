@@ -87,13 +87,11 @@ class Stats:
         self._series.ttft.labels(name).observe(seconds)
 
     def produced(self, model: str, tokens: int) -> None:
-        """So many tokens of an answer passed just now: tokens a second come from this alone."""
-        name, kept = self._of(model)
+        """About so many tokens of an answer passed just now: tokens a second come from this alone."""
+        _, kept = self._of(model)
         with self._lock:
             for one in (kept, self._total):
                 one.tokens.add(self._clock(), tokens)
-                one.output_tokens += tokens
-        self._series.output_tokens.labels(name).inc(max(0, tokens))
 
     def finished(self, model: str, seconds: float, output_tokens: int, status: int, decode_s: float = 0.0) -> None:
         """A request ended, so long after it had arrived. `decode_s`: from the first byte of a streamed answer to its
@@ -103,11 +101,13 @@ class Stats:
         with self._lock:
             for one in (kept, self._total):
                 one.requests += 1
+                one.output_tokens += output_tokens
                 one.failed += status >= FAILED_FROM
                 if tpot is not None:
                     one.tpot.append((self._clock(), tpot))
         self._series.requests.labels(name, str(status)).inc()
         self._series.request.labels(name).observe(seconds)
+        self._series.output_tokens.labels(name).inc(max(0, output_tokens))
         if tpot is not None:
             self._series.tpot.labels(name).observe(tpot)
 

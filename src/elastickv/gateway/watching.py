@@ -29,7 +29,9 @@ from starlette.routing import Route
 import elastickv
 from elastickv import _core
 from elastickv.errors import DeadlineExceeded, InvalidArgument, NotFound
+from elastickv.gateway.admin import BODY_S, MAX_BODY
 from elastickv.gateway.base import ModelView
+from elastickv.gateway.body import BodyMemory, read_body
 from elastickv.gateway.history import History
 from elastickv.gateway.metrics import MetricsPage
 from elastickv.gateway.stats import Stats
@@ -85,6 +87,7 @@ class Watching:
         self._metrics = MetricsPage(directory, stats)
         self._run = secrets.token_hex(8)  # tells the page that the gateway is another one than before
         self._page = _load_page()
+        self._memory = BodyMemory(64 * MAX_BODY)
 
     def routes(self) -> list[Route]:
         """Those of the module's docstring."""
@@ -127,17 +130,19 @@ class Watching:
 
     async def _watch(self, request: Request) -> Response:
         since = request.query_params.get("since", "0")
-        if not since.isdecimal() or len(since) > 15:
+        if not (since.isascii() and since.isdecimal()) or len(since) > 15:
             raise InvalidArgument(f"since={since!r}; give the number of the last sample that was seen, or 0 for all")
         seen = {"run": self._run, "version": elastickv.__version__, "interval": INTERVAL_S}
         return _json(seen | self._history.since(int(since)))
 
     async def _limit(self, request: Request) -> Response:
+        body = await read_body(request.receive, request.scope["headers"], MAX_BODY, BODY_S, self._memory)
+        self._memory.give(len(body))
         try:
-            body = msgspec.json.decode(await request.body(), type=LimitBody)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            order = msgspec.json.decode(body, type=LimitBody)
+        except (msgspec.DecodeError, ValueError, RecursionError) as error:  # ValueError: not UTF-8
             raise InvalidArgument(f"the body is no order of a limit: {error}") from None
-        return _json(await asyncio.to_thread(self._order, body))
+        return _json(await asyncio.to_thread(self._order, order))
 
     def _order(self, body: LimitBody) -> LimitOrder:
         limit = parse_size_or_none(body.limit, "limit") if isinstance(body.limit, str) else body.limit

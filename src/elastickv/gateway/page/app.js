@@ -18,6 +18,7 @@ let timer = 0;
 let asking = false;
 let again = false;
 let refused = "";
+let wantsKey = false;
 
 // ---- what is asked ----
 
@@ -44,10 +45,12 @@ async function poll() {
     take(await ask(`/admin/watch?since=${seen.n}`, { signal: AbortSignal.timeout(SLOWEST_MS) }));
     failures = 0;
     refused = "";
+    wantsKey = false;
     answeredAt = performance.now();
   } catch (error) {
     failures += 1;
-    if (error.status === 401 || error.status === 403) refused = error.message;
+    wantsKey = error.status === 401;
+    if (wantsKey || error.status === 403) refused = error.message;
   }
   asking = false;
   showLink();
@@ -81,7 +84,7 @@ function showLink() {
   const lost = Boolean(refused) || quiet > LATE_MS;
   const from = last ? `What you see is from ${clock(last.t)}.` : "";
   let text = "";
-  if (refused) text = `The gateway wants its admin key: ${refused} ${from}`;
+  if (refused) text = `The gateway does not show its state: ${refused}. ${from}`;
   else if (lost) text = `No answer from the gateway for a while. ${from} Trying again.`;
   else if (!sampled) text = `The gateway answers, but has read no ledger since ${clock(last.t)}: see its log.`;
   document.body.classList.toggle("stale", Boolean(text) && Boolean(last));
@@ -91,7 +94,7 @@ function showLink() {
   if (banner.dataset.text !== text) { // announced once, not every second
     banner.dataset.text = text;
     banner.replaceChildren(text);
-    if (refused) {
+    if (wantsKey) {
       const button = element("button", { type: "button" }, "Enter the key");
       button.addEventListener("click", askKey);
       banner.append(button);
