@@ -169,16 +169,16 @@ class RawEngine:
         answering = asyncio.ensure_future(reply(self, request, writer))
         closing = asyncio.ensure_future(reader.read(1))  # nobody sends more before the answer
         await asyncio.wait([answering, closing], return_when=asyncio.FIRST_COMPLETED)
-        if not answering.done():
+        closed = not answering.done() or isinstance(answering.exception(), OSError)
+        if closed:
             request.gone.set()
-            answering.cancel()
-            raise OSError("closed")
-        await answering
-        if not closing.done():
-            closing.cancel()
-            await asyncio.wait([closing])
-            return
-        raise OSError("closed, or another request was sent before the answer")
+        rest = closing if answering.done() else answering
+        over = closing.done()
+        rest.cancel()
+        await asyncio.gather(answering, closing, return_exceptions=True)
+        if closed or over:
+            raise OSError("closed, or another request was sent before the answer")
+        answering.result()
 
 
 def wait_until(fact: Callable[[], bool], what: str, seconds: float = WAIT_S) -> None:
