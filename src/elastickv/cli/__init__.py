@@ -14,6 +14,7 @@ from elastickv.cli.doctor import doctor
 from elastickv.cli.exporter import exporter
 from elastickv.cli.forget import forget
 from elastickv.cli.limit import limit
+from elastickv.cli.model import app as model
 from elastickv.cli.plan import plan
 from elastickv.cli.run import run
 from elastickv.cli.serve import serve
@@ -36,6 +37,7 @@ app.command(context_settings={"allow_interspersed_args": False})(run)
 for verb in (serve, status, top, limit, trim, forget, plan, doctor, exporter, demo):
     app.command()(verb)
 app.add_typer(control, name="control")
+app.add_typer(model, name="model")
 
 
 @app.callback(invoke_without_command=True)
