@@ -264,6 +264,12 @@ VARIABLES: Final[tuple[Variable, ...]] = (
         "auto",
         "Blocks behind a sliding window stay until the request ends: auto, where kernels may read them; always.",
     ),
+    Variable(
+        "sleep_dir",
+        _directory,
+        "the temporary directory, or /var/tmp, whichever is on a disk",
+        "Where an engine on the host keeps its weights while it sleeps: a directory on a disk.",
+    ),
     Variable("log", _log, "info", f"How much is logged: {', '.join(LOG_LEVELS)}."),
 )
 
@@ -301,6 +307,7 @@ class Settings:
     """Milliseconds."""
     stock: int | None = None
     hold_windows: str = "auto"
+    sleep_dir: Path | None = None
     log: str = "info"
     given: frozenset[str] = field(default=frozenset(), compare=False)
     """Names of the fields that some place gave a value, as opposed to the defaults."""

@@ -85,10 +85,14 @@ def test_on_hooks_every_seam_once() -> None:
         "elastickv_footprint",
         "elastickv_look",
         "elastickv_report",
+        "elastickv_stay_awake",
     ]
     assert out["hooked"] == sorted(
         [
+            "vllm._custom_ops.create_onednn_mm",
+            "vllm._custom_ops.create_onednn_scaled_mm",
             "vllm.config.scheduler.SchedulerConfig.get_scheduler_cls",
+            "vllm.platforms.cpu.CpuPlatform.is_sleep_mode_available",
             "vllm.v1.engine.core.EngineCore._initialize_kv_caches",
             "vllm.v1.engine.core.EngineCore.release_kv_cache_memory",
             "vllm.v1.engine.core.EngineCore.reset_prefix_cache",
@@ -103,11 +107,15 @@ def test_on_hooks_every_seam_once() -> None:
             "vllm.v1.executor.abstract.Executor.initialize_from_config",
             "vllm.v1.executor.abstract.Executor.sleep",
             "vllm.v1.executor.abstract.Executor.wake_up",
+            "vllm.v1.worker.cpu_worker.CPUWorker.discard",
+            "vllm.v1.worker.cpu_worker.CPUWorker.sleep",
+            "vllm.v1.worker.cpu_worker.CPUWorker.wake_up",
             "vllm.v1.worker.gpu_worker.Worker._maybe_get_memory_pool_context",
             "vllm.v1.worker.gpu_worker.Worker.compile_or_warm_up_model",
             "vllm.v1.worker.gpu_worker.Worker.execute_model",
             "vllm.v1.worker.gpu_worker.Worker.initialize_from_config",
             "vllm.v1.worker.gpu_worker.Worker.load_model",
+            "vllm.v1.worker.gpu_worker.Worker.reload_weights",
             "vllm.v1.worker.gpu_worker.Worker.shutdown",
             "vllm.v1.worker.gpu_worker.Worker.sleep",
         ]

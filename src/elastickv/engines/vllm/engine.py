@@ -9,7 +9,7 @@ from vllm.platforms import current_platform
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from elastickv.config import Settings
-from elastickv.engines.vllm import blocksize, idle, scheduler, sleep, watch
+from elastickv.engines.vllm import blocksize, cpu_sleep, idle, scheduler, sleep, watch
 from elastickv.engines.vllm.session import Session, close, find, leave
 
 __all__ = ["CORE", "ENGINE", "EXECUTOR", "SCHEDULER_CONFIG", "executor_init"]
@@ -66,7 +66,11 @@ def _compile_or_warm_up_model(original: Method) -> Method:
 def _sleep(original: Method) -> Method:
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         before = set(self.sleeping_tags)
-        result = original(self, *args, **kwargs)
+        try:
+            result = original(self, *args, **kwargs)
+        except Exception:  # whatever a rank could not do goes on; the others must not sleep alone
+            sleep.stayed_awake(find(self.vllm_config))
+            raise
         if self.sleeping_tags != before:
             sleep.fell_asleep(find(self.vllm_config), self.sleeping_tags)
         return result
@@ -79,7 +83,11 @@ def _wake_up(original: Method) -> Method:
         session = find(self.vllm_config)
         sleep.before_wake(session, tags, self.sleeping_tags)
         before = set(self.sleeping_tags)
-        result = original(self, tags)
+        try:
+            result = original(self, tags)
+        except Exception:  # whatever a rank could not do goes on; what was leased for it must not stay
+            sleep.stayed_asleep(session)
+            raise
         if self.sleeping_tags != before:
             sleep.woke(session, self.sleeping_tags)
         return result
@@ -139,6 +147,20 @@ def _then_flush(original: Method) -> Method:
     return wrapped
 
 
+def _engine_sleep(original: Method) -> Method:
+    """The same for sleep; and whether it was this call that stopped the scheduler is known if it fails."""
+
+    def wrapped(self: Any, level: int = 1, *args: Any, **kwargs: Any) -> Any:
+        session = find(self.vllm_config)
+        cpu_sleep.check_level(self.vllm_config, level)
+        session.was_paused = self.is_scheduler_paused()
+        result = original(self, level, *args, **kwargs)
+        session.flush()
+        return result
+
+    return wrapped
+
+
 def _shutdown(original: Method) -> Method:
     def wrapped(self: Any) -> Any:
         leave(self.vllm_config)
@@ -167,7 +189,7 @@ EXECUTOR = {
 }
 ENGINE = {
     "_initialize_kv_caches": _initialize_kv_caches,
-    "sleep": _then_flush,
+    "sleep": _engine_sleep,
     "reset_prefix_cache": _then_flush,
     "release_kv_cache_memory": _then_flush,
     "shutdown": _shutdown,

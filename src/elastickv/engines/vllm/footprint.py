@@ -47,7 +47,8 @@ def begin(worker: Any) -> None:
 def measure(worker: Any) -> dict[str, Any]:
     """Bytes: used now, the peak since begin(), and asleep by vLLM's tag. On the host only the model counts."""
     if worker.device.type == "cpu":
-        model = _model_bytes(worker.model_runner.get_model())
+        sleeper = worker.elastickv_sleeper
+        model = _model_bytes(worker.model_runner.get_model()) if sleeper is None else sleeper.resident_bytes
         return {"used": model, "peak": model, "asleep": {}}
     return _on_gpu(worker)
 

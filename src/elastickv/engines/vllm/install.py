@@ -27,6 +27,7 @@ def install() -> None:
     logging.getLogger("vllm.elastickv").setLevel(settings.log.upper())
     _hook_engine(settings, version)
     _hook_worker()
+    _hook_cpu()
     metrics.hook(settings)
     _installed.append(version)
 
@@ -47,6 +48,25 @@ def _hook_worker() -> None:
     for name, wrapper in worker.WRAPPERS.items():
         seams.wrap(Worker, name, wrapper)
     seams.wrap(Worker, "sleep", sleep.worker_sleep)
+
+
+def _hook_cpu() -> None:
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from vllm import _custom_ops
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    from elastickv.engines.vllm import cpu_sleep
+
+    for owner, wrappers in (
+        (CpuPlatform, cpu_sleep.PLATFORM),
+        (CPUWorker, cpu_sleep.CPU_WORKER),
+        (_custom_ops, cpu_sleep.OPERATIONS),
+    ):
+        _wrap_all(owner, wrappers)
 
 
 def _hook_engine(settings: Settings, version: str) -> None:

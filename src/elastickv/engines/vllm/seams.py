@@ -12,6 +12,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
+from vllm.platforms import current_platform
+
 from elastickv.errors import EngineRefused
 
 __all__ = ["SEAMS", "Seam", "check", "find", "wrap"]
@@ -31,6 +33,23 @@ _SCHEDULER: Final = "vllm.v1.core.sched.scheduler"
 _WORKER: Final = "vllm.v1.worker.gpu_worker"
 _POOL: Final = "vllm.v1.core.block_pool"
 _MANAGER: Final = "vllm.v1.core.single_type_kv_cache_manager"
+_CPU_WORKER: Final = "vllm.v1.worker.cpu_worker"
+_OPERATIONS: Final = "vllm._custom_ops"
+
+_ON_CPU: Final = (
+    # hooked
+    Seam("vllm.platforms.cpu", "CpuPlatform.is_sleep_mode_available", ("self",)),
+    Seam(_CPU_WORKER, "CPUWorker.sleep", ("self", "level")),
+    Seam(_CPU_WORKER, "CPUWorker.wake_up", ("self", "tags")),
+    Seam(_CPU_WORKER, "CPUWorker.discard", ("self", "tags")),
+    Seam(_OPERATIONS, "create_onednn_mm", ("weight", "primitive_cache_size")),
+    Seam(_OPERATIONS, "create_onednn_scaled_mm", ("weight", "weight_scales", "output_type")),
+    # relied on
+    Seam(_OPERATIONS, "CPUDNNLGEMMHandler.__init__", ("self",)),
+    Seam(_OPERATIONS, "CPUDNNLGEMMHandler.__del__", ("self",)),
+    Seam("vllm.model_executor.layers.utils", "dispatch_cpu_unquantized_gemm", ("layer", "remove_weight")),
+)
+"""Sleep on the CPU, see cpu_sleep.py."""
 
 SEAMS: Final = (
     # hooked
@@ -51,6 +70,7 @@ SEAMS: Final = (
     Seam("vllm.config.scheduler", "SchedulerConfig.get_scheduler_cls", ("self",)),
     Seam(_WORKER, "Worker._maybe_get_memory_pool_context", ("self", "tag")),
     Seam(_WORKER, "Worker.load_model", ("self",)),
+    Seam(_WORKER, "Worker.reload_weights", ("self",)),
     Seam(_WORKER, "Worker.initialize_from_config", ("self", "kv_cache_config")),
     Seam(_WORKER, "Worker.execute_model", ("self", "scheduler_output")),
     Seam(_WORKER, "Worker.compile_or_warm_up_model", ("self",)),
@@ -86,6 +106,7 @@ SEAMS: Final = (
     Seam(_POOL, "BlockPool._maybe_evict_cached_block", ("self", "block")),
     Seam(_POOL, "BlockPool._remove_cached_block_hashes", ("self", "block")),
     Seam(_POOL, "BlockPool._notify_reuse", ("self", "blocks")),
+    *(_ON_CPU if current_platform.is_cpu() else ()),
 )
 
 

@@ -93,6 +93,8 @@ class Session:
         self.scheduler: Any = None
         self.windows: window.Rule | None = None
         self._steward: EngineSteward | None = None
+        self.was_paused = False
+        """Whether the scheduler had been paused before the engine was last told to sleep."""
         self._sent = 0
         self._prove = False
         _sessions.append(self)

@@ -1,7 +1,7 @@
 """Sleep: all pages of the cache and what vLLM frees go back at once; waking takes its lease before it takes memory.
 
-vLLM saves, discards and restores what is its own. The cache is not: vLLM forgets its contents before it sleeps, and it
-fills again when it is used.
+On a GPU vLLM saves, discards and restores what is its own; on a CPU cpu_sleep.py does. The cache is not saved: vLLM
+forgets its contents before it sleeps, and it fills again when it is used.
 """
 
 from __future__ import annotations
@@ -12,19 +12,21 @@ from typing import TYPE_CHECKING, Any, Final
 
 from vllm.logger import init_logger
 
+from elastickv.engines.vllm import cpu_sleep
 from elastickv.errors import DeadlineExceeded, LimitExceeded, Unavailable
 from elastickv.units import format_size
 
 if TYPE_CHECKING:
     from elastickv.engines.vllm.session import Session
 
-__all__ = ["before_wake", "fell_asleep", "woke", "worker_sleep"]
+__all__ = ["before_wake", "fell_asleep", "stayed_asleep", "stayed_awake", "woke", "worker_sleep"]
 
 _logger = init_logger("vllm.elastickv")
 
 _GREW: Final = "Memory usage increased after sleeping."
 _WEIGHTS: Final = "weights"
 _UNMAP_S: Final = 60.0
+_UNDO_S: Final = 600.0
 
 
 def fell_asleep(session: Session, tags: Collection[str]) -> None:
@@ -78,6 +80,21 @@ def woke(session: Session, asleep: Collection[str]) -> None:
     """After vLLM has woken what it was asked to; `asleep`: what still sleeps."""
     session.describe(f"asleep: {', '.join(sorted(asleep))}" if asleep else "")
     session.footprints()
+
+
+def stayed_awake(session: Session) -> None:
+    """A rank could not go to sleep. On a CPU nothing is lost: those that did come back, and the engine serves on."""
+    if not cpu_sleep.wanted(session.config) or session.executor is None:
+        return
+    session.executor.collective_rpc("elastickv_stay_awake", timeout=_UNDO_S)
+    if not session.was_paused and not session.executor.is_sleeping:
+        session.engine.resume_scheduler()
+
+
+def stayed_asleep(session: Session) -> None:
+    """A rank could not wake: only what the ranks have stays leased, and the next try begins there."""
+    if cpu_sleep.wanted(session.config):
+        session.static_lease.shrink(session.footprints())
 
 
 def worker_sleep(original: Callable[..., Any]) -> Callable[..., Any]:

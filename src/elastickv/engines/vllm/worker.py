@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import torch
 
-from elastickv.engines.vllm import footprint, session, watch
+from elastickv.engines.vllm import cpu_sleep, footprint, session, watch
 from elastickv.engines.vllm.backing import Backing
 from elastickv.engines.vllm.scheduler import TICKET
 from elastickv.errors import EngineRefused
@@ -63,12 +63,19 @@ def _fence(worker: Any, ticket: int) -> None:
     worker.elastickv.fence(ticket, worker.device)
 
 
+def _stay_awake(worker: Any) -> None:
+    """Another rank could not go to sleep: this one comes back too."""
+    if worker.elastickv_sleeper is not None:
+        worker.elastickv_sleeper.wake()
+
+
 METHODS = {
     "elastickv_begin": footprint.begin,
     "elastickv_look": _look,
     "elastickv_footprint": _footprint,
     "elastickv_report": _report,
     "elastickv_fence": _fence,
+    "elastickv_stay_awake": _stay_awake,
 }
 """Called by the engine through collective_rpc, by these names."""
 
@@ -90,9 +97,26 @@ def _load_model(original: Method) -> Method:
             here.members.append(member)
         self.elastickv_publisher = footprint.Publisher(self, member, place[self.rank]["publishes"])
         self.elastickv_publisher.start()
-        return original(self, *args, **kwargs)
+        self.elastickv_sleeper = cpu_sleep.begin(self)
+        with _recording(self):
+            return original(self, *args, **kwargs)
 
     return wrapped
+
+
+def _reload_weights(original: Method) -> Method:
+    """What is packed anew then must be able to sleep too."""
+
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _recording(self):
+            return original(self, *args, **kwargs)
+
+    return wrapped
+
+
+def _recording(worker: Any) -> contextlib.AbstractContextManager[None]:
+    sleeper: cpu_sleep.Sleeper | None = worker.elastickv_sleeper
+    return contextlib.nullcontext() if sleeper is None else sleeper.recording()
 
 
 def _initialize_from_config(original: Method) -> Method:
@@ -176,12 +200,16 @@ def _shutdown(original: Method) -> Method:
             backing: Backing | None = getattr(self, "elastickv", None)
             if backing is not None:
                 backing.close()
+            sleeper: cpu_sleep.Sleeper | None = getattr(self, "elastickv_sleeper", None)
+            if sleeper is not None:
+                sleeper.close()
 
     return wrapped
 
 
 WRAPPERS = {
     "load_model": _load_model,
+    "reload_weights": _reload_weights,
     "initialize_from_config": _initialize_from_config,
     "_maybe_get_memory_pool_context": _memory_pool_context,
     "execute_model": _execute_model,
