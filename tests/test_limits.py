@@ -132,6 +132,27 @@ def test_below_the_floor(cli: Cli, directory: Path) -> None:
         assert row(directory).wanted.revision == 0
 
 
+def test_now_below_what_the_engine_keeps(cli: Cli, directory: Path) -> None:
+    """It could never be acknowledged, so it is refused at once; without --now it holds for whatever comes next."""
+    with cache(directory) as blocks:
+        now = row(directory)
+        weights = _core.Ledger.open(str(directory), "host").attach(now.slot, now.incarnation)
+        assert weights.lease_static(2 * MIB)
+        ids = blocks.alloc(100)
+        kept = 2 * MIB + PAGE  # and the page of block 0
+        outcome = cli("limit", "chat", str(kept - 1), "--now", "--timeout", "60", "--dir", directory)
+        assert outcome.code == REFUSED
+        assert "(weights and the like 2 MiB, first block of the cache 64 KiB); give at least that" in outcome.err
+        assert row(directory).wanted.revision == 0
+        assert row(directory).least == kept
+        outcome = cli("limit", "chat", str(kept - 1), "--dir", directory)
+        assert outcome.code == ACKNOWLEDGED
+        assert " that it keeps while it runs, as its running requests end" in outcome.out
+        blocks.free(ids)
+        assert shrinks(directory, kept)
+        assert cli("limit", "chat", str(kept), "--now", "--dir", directory).code == ACKNOWLEDGED
+
+
 def test_above_the_capacity(cli: Cli, directory: Path) -> None:
     with cache(directory):
         outcome = cli("limit", "chat", "1TiB", "--dir", directory)

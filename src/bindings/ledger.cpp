@@ -34,6 +34,7 @@ nb::dict usage_dict(const Usage &usage) {
     out["cached"] = usage.cached;
     out["mapped_free"] = usage.mapped_free;
     out["transit"] = usage.transit;
+    out["pinned"] = usage.pinned;
     return out;
 }
 
@@ -211,19 +212,19 @@ void bind_tenant(nb::module_ &module) {
             [](Tenant &self, std::uint64_t virtual_bytes, std::uint64_t used, std::uint64_t cached,
                std::uint64_t mapped_free, std::uint64_t transit, std::uint64_t misses, std::uint64_t evicted_need,
                std::uint64_t evicted_neighbour, std::uint64_t evicted_limit, std::uint64_t evicted_idle,
-               std::uint64_t evicted_budget) {
+               std::uint64_t evicted_budget, std::uint64_t pinned) {
                 const Counters counters{.misses = misses,
                                         .evicted_need = evicted_need,
                                         .evicted_neighbour = evicted_neighbour,
                                         .evicted_limit = evicted_limit,
                                         .evicted_idle = evicted_idle,
                                         .evicted_budget = evicted_budget};
-                self.publish({virtual_bytes, used, cached, mapped_free, transit, 0, used > 0}, counters);
+                self.publish({virtual_bytes, used, cached, mapped_free, transit, 0, pinned, used > 0}, counters);
             },
             nb::arg("virtual_bytes") = 0, nb::arg("used") = 0, nb::arg("cached") = 0, nb::arg("mapped_free") = 0,
             nb::arg("transit") = 0, nb::arg("misses") = 0, nb::arg("evicted_need") = 0,
             nb::arg("evicted_neighbour") = 0, nb::arg("evicted_limit") = 0, nb::arg("evicted_idle") = 0,
-            nb::arg("evicted_budget") = 0)
+            nb::arg("evicted_budget") = 0, nb::arg("pinned") = 0)
         .def("publish_static_used", &Tenant::publish_static_used, nb::arg("bytes"),
              "What this process has on the device of the tenant's static lease now; the members' figures add up.")
         .def(

@@ -40,13 +40,14 @@ class Limit:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a tenant's pool says of its pages, in bytes."""
+    """What a tenant's pool says of its pages, in bytes. `pinned`, the null block's, are among those used."""
 
     virtual_bytes: int = 0
     used: int = 0
     cached: int = 0
     mapped_free: int = 0
     transit: int = 0
+    pinned: int = 0
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,11 @@ class TenantView:
     def held(self) -> int:
         """Leased and static bytes: what counts against the device, the floor and the limit."""
         return self.leased + self.static_bytes
+
+    @property
+    def least(self) -> int:
+        """What it cannot hold less than while its engine runs and does not sleep: static bytes and the null block."""
+        return self.static_bytes + self.usage.pinned
 
     @property
     def parts(self) -> Parts:

@@ -43,6 +43,8 @@ class LimitOrder:
     used: int
     """Of what is held, pages that requests use: only `now` takes those from an engine."""
     capacity: int
+    least: int
+    """What the tenant keeps while its engine runs, whatever the limit: static bytes and the cache's null block."""
 
 
 def set_limit(
@@ -57,8 +59,9 @@ def set_limit(
     """Orders a limit (bytes, a text such as "8GiB", or None for none) and waits `timeout` seconds for the tenant.
 
     `now`: preempt running requests for it. Returns an order in state `acknowledged`, or `kept` where the name is known
-    and does not run. NotFound for a name that the ledger does not have; InvalidArgument under the tenant's floor;
-    DeadlineExceeded when the tenant does not acknowledge: the order stands, and no lease goes above it even so.
+    and does not run. NotFound for a name that the ledger does not have; InvalidArgument under the tenant's floor and,
+    with `now`, under what it keeps while its engine runs; DeadlineExceeded when the tenant does not acknowledge: the
+    order stands, and no lease goes above it even so.
     """
     settings = Settings.load(arguments={"device": device, "directory": directory})
     size = parse_size_or_none(limit, "limit") if isinstance(limit, str) else limit
@@ -107,6 +110,7 @@ def limit_order(view: DeviceView, name: str, revision: int) -> LimitOrder:
         above=0 if most is None else max(0, tenant.held - most),
         used=tenant.usage.used,
         capacity=view.capacity,
+        least=tenant.least,
     )
 
 

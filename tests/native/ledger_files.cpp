@@ -171,7 +171,8 @@ TEST("ledger files: each damaged or foreign field of the header is named") {
     with([](auto &h) { h.magic = 7; });
     expect_corrupt(directory, "magic number is 7, expected " + std::to_string(lg::kMagic));
     with([](auto &h) { h.version = lg::kFormatVersion + 1; });
-    expect_corrupt(directory, "format version is 3, expected 2");
+    expect_corrupt(directory, "format version is " + std::to_string(lg::kFormatVersion + 1) + ", expected " +
+                                  std::to_string(lg::kFormatVersion));
     with([](auto &h) { h.header_bytes = 8; });
     expect_corrupt(directory, "header size is 8, expected " + std::to_string(sizeof(lg::Header)));
     with([](auto &h) { h.row_bytes = 9; });

@@ -24,7 +24,7 @@ using Word = std::atomic<std::uint64_t>;
 static_assert(sizeof(Word) == 8 && Word::is_always_lock_free);
 
 inline constexpr std::uint64_t kMagic = 0x31766b6369747365;  // "estickv1", the file's first bytes
-inline constexpr std::uint64_t kFormatVersion = 2;
+inline constexpr std::uint64_t kFormatVersion = 3;
 inline constexpr std::uint64_t kMaxBytes = std::uint64_t{1} << 48;  // no amount in a ledger is larger
 // The mutex lives in the file, so processes that share it must agree on its layout: this names the C library's.
 inline constexpr std::uint64_t kLockAbi = 0x676c696263000000 + sizeof(pthread_mutex_t);  // "glibc"
@@ -109,7 +109,7 @@ struct alignas(64) Row {
     Word ask_open_ns;     // since when an ask has stood unanswered; 0: none
     Word ask_late_ns;     // the ask_open_ns that was counted as late
     Word active_ns;       // last time with pages in use or a lease granted; no lock
-    Word virtual_bytes, used, cached, mapped_free, transit, leaving;  // published by the tenant; no lock
+    Word virtual_bytes, used, cached, mapped_free, transit, leaving, pinned;  // published by the tenant; no lock
     Word misses, evicted_need, evicted_neighbour, evicted_limit, evicted_idle, evicted_budget;
     Word asked, answered, late;
     std::array<Latencies, kLatencies> latencies;  // added to by every member; no lock

@@ -31,6 +31,7 @@ struct Usage {
     std::uint64_t mapped_free = 0;  // mapped pages with nothing on them: may be given back at once
     std::uint64_t transit = 0;      // leased, being mapped or unmapped
     std::uint64_t leaving = 0;      // of these, being unmapped: they will be somebody else's
+    std::uint64_t pinned = 0;       // of those used: the pages of block 0, which stay while the engine runs
     bool working = false;           // requests hold blocks; the page of block 0 is used for ever, and is no work
 };
 

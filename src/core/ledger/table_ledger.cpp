@@ -86,8 +86,8 @@ TenantView view_row(Row &row, int slot, std::uint64_t now) {
         view.demand_ticket = get(row.demand_ticket);
         view.demand_age_ns = now - std::min(now, get(row.demand_since_ns));
     }
-    view.usage = {get(row.virtual_bytes), get(row.used),    get(row.cached),
-                  get(row.mapped_free),   get(row.transit), get(row.leaving)};
+    view.usage = {get(row.virtual_bytes), get(row.used),    get(row.cached), get(row.mapped_free),
+                  get(row.transit),       get(row.leaving), get(row.pinned)};
     view.counters = {get(row.misses),        get(row.evicted_need), get(row.evicted_neighbour),
                      get(row.evicted_limit), get(row.evicted_idle), get(row.evicted_budget),
                      get(row.asked),         get(row.answered),     get(row.late)};

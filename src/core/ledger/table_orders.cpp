@@ -14,6 +14,15 @@ constexpr std::uint64_t kProbeSliceUs = 20'000;  // how often a wait looks wheth
 
 std::uint64_t get(const Word &word) noexcept { return word.load(std::memory_order_relaxed); }
 
+// What the engine cannot give back however many requests are preempted.
+Status beneath_least(const std::string &name, std::uint64_t bytes, const Row &row) {
+    const std::uint64_t fixed = get(row.static_bytes), pinned = get(row.pinned);
+    return {Code::invalid, "tenant '" + name + "': a limit of " + human_bytes(bytes) + " cannot be held now: " +
+                               human_bytes(fixed + pinned) + " stay while its engine runs (weights and the like " +
+                               human_bytes(fixed) + ", first block of the cache " + human_bytes(pinned) +
+                               "); give at least that, do not ask for it now, or stop the engine"};
+}
+
 std::string limit_text(std::uint64_t bytes) { return bytes == kNoLimit ? "no limit" : human_bytes(bytes); }
 
 }  // namespace
@@ -33,6 +42,8 @@ Result<std::uint64_t> TableLedger::order_limit(const std::string &name, std::uin
                                              " is under its floor of " + human_bytes(get(row.floor)) +
                                              "; give a larger one, or restart it with a lower floor"};
         }
+        if (now && table_->lives(slot) && bytes < get(row.static_bytes) + get(row.pinned))
+            return beneath_least(name, bytes, row);
         revision = table_->header().revision.fetch_add(1, std::memory_order_relaxed) + 1;
         row.limit_wanted.store({bytes, revision, now});
         (void)fault::point("ledger.limit.ordered");

@@ -348,6 +348,7 @@ void TableTenant::publish(const Usage &usage, const Counters &counters) noexcept
     put(own.mapped_free, usage.mapped_free);
     put(own.transit, usage.transit);
     put(own.leaving, usage.leaving);
+    put(own.pinned, usage.pinned);
     put(own.misses, counters.misses);
     put(own.evicted_need, counters.evicted_need);
     put(own.evicted_neighbour, counters.evicted_neighbour);

@@ -128,7 +128,7 @@ void Leases::publish(const PageUsage &usage, bool working, const Counters &count
     for (auto &share : shares_) {
         const std::uint64_t cost = share.page_cost;
         share.tenant->publish({usage.virtual_pages * cost, usage.used * cost, usage.cached * cost, usage.free * cost,
-                               usage.transit * cost, usage.leaving * cost, working},
+                               usage.transit * cost, usage.leaving * cost, usage.pinned * cost, working},
                               counters);
     }
 }

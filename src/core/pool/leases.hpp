@@ -19,6 +19,7 @@ struct PageAsk {
 struct PageUsage {
     std::uint64_t virtual_pages = 0, used = 0, cached = 0, free = 0, transit = 0;
     std::uint64_t leaving = 0;  // of those in transit: being unmapped
+    std::uint64_t pinned = 0;   // of those used: block 0's
 };
 
 class Leases {

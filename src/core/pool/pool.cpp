@@ -77,6 +77,7 @@ Pool::Pool(std::shared_ptr<PageTable> table, std::vector<Leases::Share> shares, 
         missing_[block] = unready_[block] = static_cast<std::uint16_t>(last_page(block) - first_page(block) + 1);
     for (std::uint32_t page = 0; page < num_pages_; ++page) absent_pages_.insert(page);
     usage_.virtual_pages = num_pages_;
+    usage_.pinned = last_page(0) + 1ULL;
     mark_active();
 }
 

@@ -36,7 +36,8 @@ def limit(
     """Set the most bytes that a tenant may hold, and wait until the tenant has acknowledged it.
 
     Leaves with 0 only if it has; with 7 if it has not within the timeout, though the limit is in force for whatever it
-    asks for next; with 14 if the name is not running and the limit is kept for its next start.
+    asks for next; with 2, and nothing ordered, if it can never hold that little: under its floor or, --now, under what
+    its engine keeps while it runs; with 14 if the name is not running and the limit is kept for its next start.
     """
     wanted = parse_size_or_none(size, "SIZE")
     seconds = parse_seconds(timeout, "--timeout")
@@ -66,7 +67,9 @@ def _outcome(order: LimitOrder) -> str:
         return f"{order.tenant} is not running; limit {size} is kept for its next start"
     text = f"{order.tenant} goes by limit {size} and holds {format_size(order.held)}"
     if order.above:
-        text += f", {format_size(order.above)} above it; it shrinks to the limit as its running requests end"
+        held = order.wanted.bytes is not None and order.wanted.bytes >= order.least
+        down_to = "the limit" if held else f"the {format_size(order.least)} that it keeps while it runs,"
+        text += f", {format_size(order.above)} above it; it shrinks to {down_to} as its running requests end"
     elif order.wanted.bytes is not None and order.wanted.bytes > order.capacity:
         text += f"; the device has {format_size(order.capacity)}, so the limit stops nothing"
     return text
