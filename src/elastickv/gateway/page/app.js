@@ -138,9 +138,9 @@ function renderTiles({ devices, models, total }) {
     .filter(([, number]) => number)
     .map(([state, number]) => `${number} ${state}`);
   const sum = (name) => models.reduce((all, model) => all + model[name], 0);
-  const where = known.length === 1 ? ` on ${known[0][0]}` : ` on ${known.length} devices`;
+  const where = known.length === 1 ? " on one device" : ` on ${known.length} devices`;
   const tiles = [
-    ["Memory held", size(held), capacity ? `${Math.round((100 * held) / capacity)} % of ${size(capacity)}${where}` : "no device yet"],
+    ["Memory held", size(held), capacity ? `${count((100 * held) / capacity)} % of ${size(capacity)}${where}` : "no device yet"],
     ["Models ready", `${ready} of ${models.length}`, others.join(", ") || "none asleep"],
     ["Requests running", count(sum("outstanding")), `${count(sum("queued"))} waiting, ${count(total.failed)} of ${count(total.requests)} failed`],
     ["Tokens/s", count(total.tokens_per_s), `${count(total.output_tokens)} in all`],
@@ -220,7 +220,7 @@ function renderModels() {
   rows.forEach((row, i) => fillRow(row, models[i]));
 }
 
-const POLICIES = { pressure: "sleeps when others need memory", idle: "sleeps when idle", never: "stays awake" };
+const POLICIES = { pressure: "sleeps under pressure", idle: "sleeps when idle", never: "never sleeps" };
 
 function fillRow(row, model) {
   const [head, condition, load, tokens, ttft, tpot, held, actions] = row.children;
@@ -255,9 +255,9 @@ function fillMemory(cell, model) {
   const idle = add("cached") + add("mapped_free");
   const limit = found.length === 1 ? found[0][1].limit : null;
   const text = found.length ? used + idle ? `${size(used)} in use, ${size(idle)} reclaimable` : "holds nothing" : "nothing on the ledger";
-  const ordered = found.length === 1 && !found[0][1].limit_agreed ? `, ordered ${size(found[0][1].limit_wanted)}` : "";
+  const ordered = found.length === 1 && !found[0][1].limit_agreed;
   say(cell.firstChild, text);
-  say(cell.children[2], limit === null && !ordered ? "no limit" : `limit ${size(limit)}${ordered}`);
+  say(cell.children[2], ordered ? `limit ${size(found[0][1].limit_wanted)} ordered` : limit === null ? "no limit" : `limit ${size(limit)}`);
   const look = lookOf(model.name);
   const bars = keyed(cell.children[1], ["used", "idle", ...(limit === null ? [] : ["limit"])], (name) =>
     element(name === "limit" ? "u" : "i", { class: `${look} ${name === "idle" ? "idle" : ""}` }));
@@ -342,7 +342,6 @@ async function askLimit(names) {
   say(byId("limit-error"), "");
   const sent = dialog.querySelector("form");
   sent.onsubmit = (event) => {
-    if (event.submitter?.value !== "ok") return;
     event.preventDefault();
     const [, tenant, device] = found[Number(chosen.value)];
     orderLimit(dialog, device, tenant.name);
@@ -379,6 +378,7 @@ setTheme(theme.value);
 theme.addEventListener("change", () => { localStorage.setItem("elastickv-theme", theme.value); setTheme(theme.value); });
 byId("range").addEventListener("change", () => { if (seen.latest) render(); });
 byId("key").addEventListener("click", askKey);
+for (const button of document.querySelectorAll("dialog .cancel")) button.addEventListener("click", () => button.closest("dialog").close("cancel"));
 document.addEventListener("visibilitychange", () => { if (!document.hidden) poll(); });
 setInterval(showLink, 1000);
 poll();

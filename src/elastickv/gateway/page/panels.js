@@ -73,6 +73,10 @@ export class Memory {
     const sum = Object.values(held.tenants).reduce((all, [used, idle]) => all + used + idle, 0);
     const others = held.outside ? `, ${size(held.outside)} outside elastickv` : "";
     say(card.note, `${card.at === null ? "now" : clock(sample.t)}: ${size(sum)} of ${size(card.device.capacity)}${others}`);
+    if (!card.tenants.length) {
+      keyed(card.body, [""], () => element("tr", {}, element("td", { colspan: "5", class: "nobody" }, "No tenant yet.")));
+      return;
+    }
     const rows = keyed(card.body, card.tenants, (name) => this.row(card, name));
     rows.forEach((row, i) => {
       const name = card.tenants[i];
