@@ -45,8 +45,9 @@ def test_the_wheel_is_small_and_holds_what_it_must(wheel: Path) -> None:
     assert compiled[0].startswith("elastickv/_core.")
     assert "elastickv/py.typed" in names
     assert "class Ledger" in stub
-    sources = {str(p.relative_to(ROOT / "src")) for p in (ROOT / "src/elastickv").rglob("*.py")}
-    assert sources <= set(names)
+    folder = ROOT / "src/elastickv"
+    sources = [*folder.rglob("*.py"), *(folder / "gateway/page").iterdir(), *folder.rglob("*.json")]
+    assert {str(path.relative_to(ROOT / "src")) for path in sources} <= set(names)
     others = [name for name in names if not name.startswith("elastickv")]
     assert others == []
     assert not [name for name in names if re.search(r"tests?/|standin|stand_in|\.[ch]pp$", name)]
