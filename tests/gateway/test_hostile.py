@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import resource
 import socket
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import schemathesis
 from hypothesis import HealthCheck, settings
 
 from elastickv.gateway.openapi import document
+from elastickv.gateway.server import allow_descriptors
 from gateway.front import Front, Limits, WireLimits
 from gateway.raw_engine import RawEngine, event, stream, wait_until
 
@@ -247,3 +249,15 @@ def test_requests_made_from_the_openapi_document(case: schemathesis.Case, front:
     assert found.status_code in DOCUMENTED
     if found.status_code >= 400:
         case.validate_response(found, checks=[schemathesis.checks.response_schema_conformance])
+
+
+def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be(caplog: pytest.LogCaptureFixture) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(900, before[1]), before[1]))
+        allow_descriptors(400)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= min(1056, before[1])
+        allow_descriptors(10**8)
+        assert "raise the limit" in caplog.text or before[1] > 2 * 10**8
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

@@ -87,7 +87,7 @@ def _serve(spec: GatewaySpec, settings: Settings, state: Path, drain_s: float) -
     from elastickv.gateway.auth import is_loopback, load_keys
     from elastickv.gateway.fleet import EngineFleet
     from elastickv.gateway.proxy import Limits
-    from elastickv.gateway.server import Server, WireLimits, listen
+    from elastickv.gateway.server import Server, WireLimits, allow_descriptors, listen
     from elastickv.gateway.stats import Stats
     from elastickv.gateway.watching import Watching
 
@@ -98,6 +98,7 @@ def _serve(spec: GatewaySpec, settings: Settings, state: Path, drain_s: float) -
             "(--admin-key-file), or listen at 127.0.0.1"
         )
     _configure_logging(settings.log)
+    allow_descriptors(spec.max_connections)
     listening = listen(spec.host, spec.port)
     fleet = EngineFleet(spec, settings, state=state)
     fleet.url = _url(spec.host, listening.getsockname()[1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import socket
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -22,11 +23,13 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from elastickv.gateway.errors import Refused, error_body
 from elastickv.telemetry.server import cannot_listen
 
-__all__ = ["Server", "Wire", "WireLimits", "listen"]
+__all__ = ["Server", "Wire", "WireLimits", "allow_descriptors", "listen"]
 
 log = logging.getLogger(__name__)
 
 BACKLOG: Final = 2048
+OTHER_FILES: Final = 256
+"""Ledgers, logs, what watches engines."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +201,21 @@ class Server(uvicorn.Server):
     def capture_signals(self) -> Generator[None, None, None]:
         """Takes none."""
         yield
+
+
+def allow_descriptors(connections: int) -> None:
+    """Raises this process's limit of open files as far as it may: each connection of a client takes two, one of them to
+    an engine. Logs a warning where that is not enough."""
+    wanted = 2 * connections + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = hard if hard != resource.RLIM_INFINITY else max(soft, wanted)
+    if soft < min(wanted, allowed):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, allowed), hard))
+    if allowed < wanted:
+        text = (
+            "%d connections need %d open files and %d are allowed: raise the limit (ulimit -n) or lower max_connections"
+        )
+        log.warning(text, connections, wanted, allowed)
 
 
 def listen(host: str, port: int) -> socket.socket:
