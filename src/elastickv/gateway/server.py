@@ -208,14 +208,13 @@ def allow_descriptors(connections: int) -> None:
     an engine. Logs a warning where that is not enough."""
     wanted = 2 * connections + OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    allowed = hard if hard != resource.RLIM_INFINITY else max(soft, wanted)
-    if soft < min(wanted, allowed):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, allowed), hard))
-    if allowed < wanted:
+    if soft < min(wanted, hard):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard), hard))
+    if hard < wanted:
         text = (
             "%d connections need %d open files and %d are allowed: raise the limit (ulimit -n) or lower max_connections"
         )
-        log.warning(text, connections, wanted, allowed)
+        log.warning(text, connections, wanted, hard)
 
 
 def listen(host: str, port: int) -> socket.socket:
