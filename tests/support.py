@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from elastickv.config import VARIABLES
+from elastickv.config import VARIABLES, Variable
 from elastickv.gateway.catalogue import GATEWAY_METRICS
 from elastickv.telemetry import METRICS, Metric
 
@@ -62,13 +62,17 @@ WATCHING_PAGE = ROOT / "docs/watching.md"
 TABLE_BEGIN, TABLE_END = "<!-- table -->\n", "<!-- end of table -->\n"
 
 
+def _option(variable: Variable) -> str:
+    if variable.secret:
+        return "none"
+    return "set by `run`" if variable.field == "enabled" else f"`{variable.option}`"
+
+
 def configuration_table() -> str:
     """The settings as a table of the docs."""
     head = "| variable | option | key | default | what it is |\n|---|---|---|---|---|\n"
     return head + "".join(
-        f"| `{v.variable}` | {'set by `run`' if v.field == 'enabled' else f'`{v.option}`'} | `{v.key}` | {v.default} "
-        f"| {v.doc} |\n"
-        for v in VARIABLES
+        f"| `{v.variable}` | {_option(v)} | `{v.key}` | {v.default or 'none'} | {v.doc} |\n" for v in VARIABLES
     )
 
 

@@ -165,6 +165,16 @@ def test_a_changed_copy_is_passed_on_too() -> None:
     assert settings.environment()["ELASTICKV"] == "1"
 
 
+def test_secrets_are_neither_shown_nor_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ELASTICKV_API_KEYS", "ELASTICKV_ADMIN_KEY"):
+        monkeypatch.setenv(name, "a-secret-of-mine")
+    settings = Settings.load()
+    assert settings.api_keys == settings.admin_key == "a-secret-of-mine"
+    assert "a-secret-of-mine" not in repr(settings)
+    assert "a-secret-of-mine" not in settings.environment().values()
+    assert "a-secret-of-mine" not in config.process_environment().values()
+
+
 def test_settings_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Settings.load(environ={}).floor = 1  # type: ignore[misc]

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
+from elastickv import forms
 from elastickv.errors import ConfigError, InvalidArgument
 from elastickv.units import (
     format_size,
@@ -43,23 +43,6 @@ __all__ = [
 
 PREFIX: Final = "ELASTICKV"
 CONFIG_VARIABLE: Final = "ELASTICKV_CONFIG"
-HOLDS: Final = ("auto", "always")
-LOG_LEVELS: Final = ("debug", "info", "warning", "error")
-MIN_PAGE: Final = 4096
-STATIC_WORDS: Final = ("auto", "none", "checkpoint")
-
-_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,63}", re.ASCII)
-_DEVICE: Final = re.compile(r"host|auto|(cuda:)?[0-9]{1,3}|(GPU|MIG)-[0-9A-Fa-f-]{1,40}", re.ASCII)
-_SWITCH: Final = {
-    "1": True,
-    "on": True,
-    "true": True,
-    "yes": True,
-    "0": False,
-    "off": False,
-    "false": False,
-    "no": False,
-}
 
 
 @dataclass(frozen=True)
@@ -72,6 +55,8 @@ class Variable:
     doc: str
     write: Callable[[Any], str] = str
     name: str = ""
+    secret: bool = False
+    """Never handed to a child, and no option of the command line, where all users of the machine can read it."""
 
     @property
     def variable(self) -> str:
@@ -85,109 +70,31 @@ class Variable:
 
     @property
     def option(self) -> str:
-        """The option of the command line."""
+        """The option of the command line. A secret has none."""
         return "--" + self.key.replace("_", "-")
 
 
-def _switch(text: str, what: str) -> bool:
-    value = _SWITCH.get(text.strip().lower())
-    if value is None:
-        raise InvalidArgument(f"{what}: {text!r} is neither on nor off; write 1, on, 0 or off", what=what, value=text)
-    return value
-
-
-def _directory(text: str, what: str) -> Path:
-    if not text.strip():
-        raise InvalidArgument(f"{what}: the directory is empty; write an absolute path", what=what, value=text)
-    return Path(text).expanduser().absolute()
-
-
-def _device(text: str, what: str) -> str:
-    if not _DEVICE.fullmatch(text):
-        forms = "host, auto, a GPU's number (0, cuda:0) or its UUID (GPU-..., MIG-...)"
-        raise InvalidArgument(f"{what}: {text!r} is not a device; write {forms}", what=what, value=text)
-    return text
-
-
-def _name(text: str, what: str) -> str:
-    if not _NAME.fullmatch(text):
-        forms = "1 to 63 letters, digits, '.', '_' or '-'"
-        raise InvalidArgument(f"{what}: {text!r} is not a name; write {forms}", what=what, value=text)
-    return text
-
-
-def _positive_size(text: str, what: str) -> int:
-    size = parse_size(text, what)
-    if size == 0:
-        raise InvalidArgument(f"{what}: {text!r} must be more than 0 bytes", what=what, value=text)
-    return size
-
-
-def _static(text: str, what: str) -> str | int:
-    word = text.strip().lower()
-    return word if word in STATIC_WORDS else parse_size(text, what)
-
-
-def _page(text: str, what: str) -> int:
-    size = parse_size(text, what)
-    if size < MIN_PAGE or size & (size - 1):
-        least = format_size(MIN_PAGE)
-        raise InvalidArgument(f"{what}: {text!r} must be a power of two of at least {least}", what=what, value=text)
-    return size
-
-
-def _integer(low: int, high: int) -> Callable[[str, str], int]:
-    def parse(text: str, what: str) -> int:
-        if not re.fullmatch(r"[+-]?[0-9]{1,9}", text.strip(), re.ASCII) or not low <= int(text) <= high:
-            raise InvalidArgument(
-                f"{what}: {text!r} must be a whole number from {low} to {high}", what=what, value=text
-            )
-        return int(text)
-
-    return parse
-
-
-def _milliseconds(text: str, what: str) -> int:
-    return round(parse_seconds(text, what, default_unit="ms") * 1000)
-
-
-def _hold_windows(text: str, what: str) -> str:
-    if text.lower() not in HOLDS:
-        raise InvalidArgument(f"{what}: {text!r} is neither {' nor '.join(HOLDS)}", what=what, value=text)
-    return text.lower()
-
-
-def _log(text: str, what: str) -> str:
-    if text.lower() not in LOG_LEVELS:
-        raise InvalidArgument(
-            f"{what}: {text!r} is not a level; write one of {', '.join(LOG_LEVELS)}", what=what, value=text
-        )
-    return text.lower()
-
-
-def _write_switch(value: bool) -> str:
-    return "1" if value else "0"
-
-
-def _write_or(word: str) -> Callable[[Any], str]:
-    def write(value: object) -> str:
-        return word if value is None else str(value)
-
-    return write
-
-
 VARIABLES: Final[tuple[Variable, ...]] = (
-    Variable("enabled", _switch, "0", "Whether the plug-in manages the engine that loads it.", _write_switch, PREFIX),
+    Variable(
+        "enabled",
+        forms.switch,
+        "0",
+        "Whether the plug-in manages the engine that loads it.",
+        forms.write_switch,
+        PREFIX,
+    ),
     Variable(
         "directory",
-        _directory,
+        forms.directory,
         "$XDG_RUNTIME_DIR/elastickv, or /dev/shm/elastickv-UID",
         "The private directory (mode 0700) of the ledgers. Everybody who shares a device names the same one.",
     ),
-    Variable("device", _device, "auto", "host, a GPU's number or UUID; auto takes the device that the engine runs on."),
+    Variable(
+        "device", forms.device, "auto", "host, a GPU's number or UUID; auto takes the device that the engine runs on."
+    ),
     Variable(
         "capacity",
-        _positive_size,
+        forms.positive_size,
         "host: half of the memory; a GPU: all of it but the headroom",
         "Bytes of the device that the tenants share. The first one on the device decides; the others must agree.",
     ),
@@ -199,7 +106,7 @@ VARIABLES: Final[tuple[Variable, ...]] = (
     ),
     Variable(
         "static",
-        _static,
+        forms.static,
         "auto",
         "What is leased for weights, graphs and activations before an engine loads: none, checkpoint (the size of its "
         "files, corrected once it is loaded), bytes a rank, or auto (checkpoint on a GPU, none on the host).",
@@ -212,7 +119,7 @@ VARIABLES: Final[tuple[Variable, ...]] = (
     ),
     Variable(
         "name",
-        _name,
+        forms.name,
         "engine-PID",
         "The tenant's name on the ledger. Limits are kept under a name that was given.",
     ),
@@ -222,22 +129,22 @@ VARIABLES: Final[tuple[Variable, ...]] = (
         parse_size_or_none,
         "what the ledger has for the name, or none",
         "The most bytes that this tenant may hold, or none. Given here it replaces the limit kept on the ledger.",
-        _write_or("none"),
+        forms.write_or("none"),
     ),
-    Variable("weight", _integer(1, 1000), "1", "This tenant's part when tenants compete, 1 to 1000."),
+    Variable("weight", forms.integer(1, 1000), "1", "This tenant's part when tenants compete, 1 to 1000."),
     Variable(
-        "priority", _integer(-1000, 1000), "0", "Tenants with a higher priority keep their cached prefixes longer."
+        "priority", forms.integer(-1000, 1000), "0", "Tenants with a higher priority keep their cached prefixes longer."
     ),
-    Variable("virtual", _positive_size, "the capacity", "Bytes of address space reserved for an engine's cache."),
+    Variable("virtual", forms.positive_size, "the capacity", "Bytes of address space reserved for an engine's cache."),
     Variable(
         "page",
-        _page,
+        forms.page,
         "64KiB, or more for a large virtual size",
         "Page size on the host, a power of two. On a GPU the driver decides (2 MiB).",
     ),
     Variable(
         "max_extent",
-        _positive_size,
+        forms.positive_size,
         "128MiB on a GPU, one page on the host",
         "The most bytes that one mapping covers. Mappings grow with use, up to this.",
     ),
@@ -247,30 +154,38 @@ VARIABLES: Final[tuple[Variable, ...]] = (
         parse_seconds_or_never,
         "never",
         "Seconds without work until cached prefixes are given back too, or never.",
-        _write_or("never"),
+        forms.write_or("never"),
     ),
     Variable(
         "cache_limit",
         parse_size_or_none,
         "none",
         "The most bytes that cached prefixes alone may hold, or none. The oldest go first. 0: nothing beyond use.",
-        _write_or("none"),
+        forms.write_or("none"),
     ),
-    Variable("give_back_wait", _milliseconds, "20", "Milliseconds that an allocation waits for its neighbours."),
+    Variable("give_back_wait", forms.milliseconds, "20", "Milliseconds that an allocation waits for its neighbours."),
     Variable("stock", parse_size, "one extent", "Bytes that are kept mapped ahead of demand."),
     Variable(
         "hold_windows",
-        _hold_windows,
+        forms.hold_windows,
         "auto",
         "Blocks behind a sliding window stay until the request ends: auto, where kernels may read them; always.",
     ),
     Variable(
         "sleep_dir",
-        _directory,
+        forms.directory,
         "the temporary directory, or /var/tmp, whichever is on a disk",
         "Where an engine on the host keeps its weights while it sleeps: a directory on a disk.",
     ),
-    Variable("log", _log, "info", f"How much is logged: {', '.join(LOG_LEVELS)}."),
+    Variable(
+        "api_keys",
+        forms.text,
+        "",
+        "Keys of the gateway's clients, separated by commas, beside its keys_file.",
+        secret=True,
+    ),
+    Variable("admin_key", forms.text, "", "The key of the gateway's admin API, in place of a file.", secret=True),
+    Variable("log", forms.log, "info", f"How much is logged: {', '.join(forms.LOG_LEVELS)}."),
 )
 
 _BY_FIELD: Final = {variable.field: variable for variable in VARIABLES}
@@ -308,6 +223,8 @@ class Settings:
     stock: int | None = None
     hold_windows: str = "auto"
     sleep_dir: Path | None = None
+    api_keys: str = field(default="", repr=False)
+    admin_key: str = field(default="", repr=False)
     log: str = "info"
     given: frozenset[str] = field(default=frozenset(), compare=False)
     """Names of the fields that some place gave a value, as opposed to the defaults."""
@@ -366,9 +283,9 @@ class Settings:
         return cls(**values, given=frozenset(texts))
 
     def environment(self) -> dict[str, str]:
-        """The variables that make a child process decide the same: all that were given, and the directory."""
+        """The variables that make a child process decide the same: all given ones but secrets, and the directory."""
         passed = {*self.given, "directory", *(f.name for f in fields(self) if f.name != "given" and self._changed(f))}
-        ordered = [variable for variable in VARIABLES if variable.field in passed]
+        ordered = [variable for variable in VARIABLES if variable.field in passed and not variable.secret]
         return {variable.variable: variable.write(getattr(self, variable.field)) for variable in ordered}
 
     def _changed(self, spec: Any) -> bool:
@@ -382,8 +299,9 @@ def is_enabled(environ: Mapping[str, str] | None = None) -> bool:
 
 
 def process_environment() -> dict[str, str]:
-    """A copy of the process environment, to hand to a child with changes."""
-    return dict(os.environ)
+    """A copy of the process environment without secrets, to hand to a child with changes."""
+    secrets = {variable.variable for variable in VARIABLES if variable.secret}
+    return {name: value for name, value in os.environ.items() if name not in secrets}
 
 
 def default_host_capacity() -> int:
@@ -410,7 +328,7 @@ def _parse(variable: Variable, text: str, what: str) -> Any:
 
 
 def _text(value: object) -> str:
-    return _write_switch(value) if isinstance(value, bool) else str(value)
+    return forms.write_switch(value) if isinstance(value, bool) else str(value)
 
 
 def _refuse_unknown(environ: Mapping[str, str]) -> None:

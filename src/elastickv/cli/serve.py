@@ -91,11 +91,11 @@ def _serve(spec: GatewaySpec, settings: Settings, state: Path, drain_s: float) -
     from elastickv.gateway.stats import Stats
     from elastickv.gateway.watching import Watching
 
-    keys = load_keys(spec.keys_file, spec.admin_key_file)
+    keys = load_keys(spec.keys_file, spec.admin_key_file, settings.api_keys, settings.admin_key)
     if keys.admin is None and not is_loopback(spec.host):
         raise ConfigError(
             f"{spec.host} can be reached from other machines, and there is no admin key; name a file with one "
-            "(--admin-key-file), or listen at 127.0.0.1"
+            "(--admin-key-file) or set ELASTICKV_ADMIN_KEY, or listen at 127.0.0.1"
         )
     _configure_logging(settings.log)
     allow_descriptors(spec.max_connections)
