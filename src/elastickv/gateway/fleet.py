@@ -47,7 +47,9 @@ class EngineFleet:
         self._watching: asyncio.Task[None] | None = None
         self._changed = True
         self._probing: asyncio.Task[None] | None = None
-        self._client = httpx.AsyncClient(trust_env=False, limits=httpx.Limits(max_connections=None))
+        # A connection for each question: servers close theirs after an answer that is an error.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        self._client = httpx.AsyncClient(trust_env=False, limits=limits)
         self._store = Store(state or default_state(settings.directory))
         self._around = Surroundings(settings, self._store, self._client, spec.orphan_grace, self._patience, self._ports)
         try:

@@ -75,6 +75,8 @@ def settings_of(spec: ModelSpec, tenant: str, base: Settings) -> Settings:
         "priority": None if spec.priority == 0 else str(spec.priority),
         "device": spec.device or (base.device if "device" in base.given else None),
         "capacity": None if base.capacity is None else str(base.capacity),
+        # Also on the host, where nothing but the cache counts by default: what sleeps must show what it gives back.
+        "static": None if "static" in base.given else "checkpoint",
         "start_wait": None if "start_wait" in base.given else str(max(1.0, spec.wake_deadline * _WAIT_PART)),
     }
     return Settings.load(options=options)
