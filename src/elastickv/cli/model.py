@@ -35,7 +35,10 @@ Url = Annotated[
     str | None,
     typer.Option(metavar="URL", help="The gateway's [default: the one of the ledgers' directory].", show_default=False),
 ]
-KeyFile = Annotated[str | None, typer.Option(metavar="FILE", help="The gateway's admin key.", show_default=False)]
+KeyFile = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="The gateway's admin key [default: ELASTICKV_ADMIN_KEY].", show_default=False),
+]
 Timeout = Annotated[str, typer.Option(metavar="SECONDS", help="For the order to be carried out.")]
 
 
@@ -133,7 +136,7 @@ def _client(
 
     settings = Settings.load(options={"directory": directory})
     where = url or gateway_url(Path(state) if state else default_state(settings.directory))
-    return AdminClient(where, _key(key_file), parse_seconds(timeout, "--timeout"))
+    return AdminClient(where, _key(key_file) or settings.admin_key, parse_seconds(timeout, "--timeout"))
 
 
 def _key(file: str | None) -> str | None:

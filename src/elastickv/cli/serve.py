@@ -8,6 +8,7 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -99,24 +100,24 @@ def _serve(spec: GatewaySpec, settings: Settings, state: Path, drain_s: float) -
         )
     _configure_logging(settings.log)
     allow_descriptors(spec.max_connections)
-    listening = listen(spec.host, spec.port)
-    fleet = EngineFleet(spec, settings, state=state)
-    fleet.url = _url(spec.host, listening.getsockname()[1])
-    stats = Stats()
-    watching = Watching(settings.directory, fleet.models, stats)
-    app = create_app(
-        fleet,
-        stats,
-        host=spec.host,
-        keys=keys,
-        drain_s=drain_s,
-        limits=Limits(max_body=spec.max_body, keys_are_ours=bool(keys.clients), log_requests=spec.log_requests),
-        routes=watching.routes(),
-        around=watching.running(),
-    )
-    server = Server(app, listening, WireLimits(connections=spec.max_connections))
-    _say(fleet, spec, settings, state, clients=len(keys.clients))
-    uvloop.run(_until_told(server, fleet, drain_s))
+    with closing(listen(spec.host, spec.port)) as listening:
+        fleet = EngineFleet(spec, settings, state=state)
+        fleet.url = _url(spec.host, listening.getsockname()[1])
+        stats = Stats()
+        watching = Watching(settings.directory, fleet.models, stats)
+        app = create_app(
+            fleet,
+            stats,
+            host=spec.host,
+            keys=keys,
+            drain_s=drain_s,
+            limits=Limits(max_body=spec.max_body, keys_are_ours=bool(keys.clients), log_requests=spec.log_requests),
+            routes=watching.routes(),
+            around=watching.running(),
+        )
+        server = Server(app, listening, WireLimits(connections=spec.max_connections))
+        _say(fleet, spec, settings, state, clients=len(keys.clients))
+        uvloop.run(_until_told(server, fleet, drain_s))
     if not server.started:
         raise ElasticKVError("the gateway did not start; the lines above say why")
     print("elastickv: the gateway has ended, and so have its engines", file=sys.stderr, flush=True)

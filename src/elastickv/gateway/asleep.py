@@ -25,8 +25,8 @@ class HeldRow:
     device: str
     leased: int
     static_bytes: int
-    least: int
-    """What it may keep of its cache: the page of the null block."""
+    cached: int
+    """Prefixes that are held, and what is on its way out of the cache."""
     asleep: bool
 
     @property
@@ -36,9 +36,9 @@ class HeldRow:
 
     @property
     def clean(self) -> bool:
-        """Whether it says that it sleeps, and its cache has gone back. What it keeps as static bytes is what its engine
-        still has on the device, by its own measurement."""
-        return self.asleep and self.leased <= self.least
+        """Whether it says that it sleeps, and its cache has gone back. What is leased then is the page of its null
+        block; what it keeps as static bytes is what its engine still has on the device, by its own measurement."""
+        return self.asleep and not self.cached
 
 
 Held = Callable[[Sequence[str]], Awaitable[list[HeldRow]]]
@@ -48,15 +48,11 @@ Held = Callable[[Sequence[str]], Awaitable[list[HeldRow]]]
 def held_rows(devices: dict[str, DeviceView], tenants: Sequence[str]) -> list[HeldRow]:
     """Of each of `tenants` that lives, on each device."""
     return [
-        HeldRow(row.name, device, row.leased, row.static_bytes, max(row.page_bytes, _LEAST), row.asleep)
+        HeldRow(row.name, device, row.leased, row.static_bytes, row.usage.cached + row.usage.transit, row.asleep)
         for device, view in devices.items()
         for row in view.living
         if row.name in tenants
     ]
-
-
-_LEAST: Final = 4 * 1024 * 1024
-"""A few pages: with several ranks on a device, each has its null block's."""
 
 
 async def settled(held: Held, tenants: Sequence[str]) -> list[HeldRow]:

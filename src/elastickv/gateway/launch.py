@@ -37,9 +37,6 @@ _ENGINE_FIELDS: Final = (
     "priority",
     "replicas",
 )
-_SECRETS: Final = ("ELASTICKV_API_KEYS", "ELASTICKV_ADMIN_KEY")
-"""The gateway's, and no engine's."""
-
 _WAIT_PART: Final = 0.8
 """Of the deadline of waking: the engine is to give up before the gateway does."""
 
@@ -102,8 +99,6 @@ def launch(spec: ModelSpec, tenant: str, port: int, base: Settings) -> Launch:
     else:
         command = [sys.executable, *server.arguments(path, spec.name, HOST, port), *spec.args]
     environment = managed_environment(settings_of(spec, tenant, base)) | dict(server.environment) | dict(spec.env)
-    for secret in _SECRETS:
-        environment.pop(secret, None)
     return Launch(tuple(command), environment, tenant, port)
 
 
