@@ -136,7 +136,8 @@ class Program:
         words = int(asked.get("max_tokens") or 4)
         chat = "chat" in request.url.path
         if asked.get("stream"):
-            return StreamingResponse(self._stream(words, chat), media_type="text/event-stream")
+            ids = {"token_ids": [7]} if asked.get("return_token_ids") else {}
+            return StreamingResponse(self._stream(words, chat, ids), media_type="text/event-stream")
         for _ in range(words):
             await self._word()
         self.seen["ended"] += 1
@@ -153,14 +154,14 @@ class Program:
             }
         )
 
-    async def _stream(self, words: int, chat: bool) -> AsyncIterator[bytes]:
+    async def _stream(self, words: int, chat: bool, more: dict[str, Any]) -> AsyncIterator[bytes]:
         try:
             for _ in range(words):
                 await self._word()
                 part = {"delta": {"content": "word "}} if chat else {"text": "word "}
                 kind = "chat.completion.chunk" if chat else "text_completion"
                 piece = {"id": "program-1", "object": kind, "created": int(time.time()), "model": self.name}
-                yield f"data: {json.dumps({**piece, 'choices': [{'index': 0, **part}]})}\n\n".encode()
+                yield f"data: {json.dumps({**piece, 'choices': [{'index': 0, **part, **more}]})}\n\n".encode()
             yield b"data: [DONE]\n\n"
             self.seen["ended"] += 1
         except (asyncio.CancelledError, GeneratorExit):
