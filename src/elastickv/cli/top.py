@@ -1,4 +1,4 @@
-"""`elastickv top`: a device's tenants, live.
+"""`elastickv top`: a device's tenants, live, and the models of a gateway that runs.
 
 A thread reads the ledger and hands over frozen views; this thread draws the newest one and listens for the key.
 """
@@ -16,6 +16,7 @@ import tty
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Final
 
 import typer
@@ -28,30 +29,46 @@ from elastickv.cli import options as opt
 from elastickv.cli.bars import LEGEND, bar, device_parts, number_line, short, state_of
 from elastickv.config import Settings
 from elastickv.errors import ElasticKVError, InvalidArgument
+from elastickv.gateway.base import ModelView
+from elastickv.gateway.records import default_state, read_view
 from elastickv.ledger import DeviceView, TenantView, read_device
 from elastickv.ledgers import open_chosen_ledger
-from elastickv.units import parse_seconds
+from elastickv.units import format_seconds, parse_seconds
 
 __all__ = ["Poller", "Sample", "frame", "plain_lines", "top"]
 
 NAME_WIDTH: Final = 12
 BAR_WIDTH: Final = 40
 QUIT_KEYS: Final = ("q", "Q")
+STATE_STYLES: Final = {
+    "ready": "green",
+    "asleep": "blue",
+    "starting": "yellow",
+    "draining": "yellow",
+    "waking": "yellow",
+    "failed": "bold red",
+    "stopped": "dim",
+}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One reading of the ledger. `clock` is the local time of day."""
+    """One reading of the ledger. `clock` is the local time of day, `models` are those of a gateway that runs."""
 
     clock: str
     view: DeviceView
+    models: tuple[ModelView, ...] = ()
 
 
 class Poller:
-    """Reads a ledger every `interval` seconds in a thread of its own and keeps the samples in order."""
+    """Reads a ledger every `interval` seconds in a thread of its own and keeps the samples in order.
 
-    def __init__(self, ledger: _core.Ledger, interval: float) -> None:
+    `state`: the directory of a gateway, which need not run.
+    """
+
+    def __init__(self, ledger: _core.Ledger, interval: float, state: Path | None = None) -> None:
         self._ledger = ledger
+        self._state = state
         self._interval = interval
         self._stop = threading.Event()
         self._queue: queue.SimpleQueue[Sample | ElasticKVError] = queue.SimpleQueue()
@@ -78,7 +95,9 @@ class Poller:
     def _run(self) -> None:
         while not self._stop.is_set():
             try:
-                self._queue.put(Sample(time.strftime("%H:%M:%S"), read_device(self._ledger)))
+                gateway = read_view(self._state) if self._state is not None else None
+                models = gateway.models if gateway is not None else ()
+                self._queue.put(Sample(time.strftime("%H:%M:%S"), read_device(self._ledger), models))
             except ElasticKVError as error:
                 self._queue.put(error)
                 return
@@ -91,10 +110,12 @@ def top(
     interval: Annotated[str, typer.Option(metavar="SECONDS", help="Time between two samples.")] = "0.5",
     device: opt.Device = None,
     directory: opt.Directory = None,
+    state: opt.State = None,
 ) -> None:
     """Watch a device: a bar for each tenant and one for the device. q leaves.
 
-    Without a terminal, or with --plain, each sample is a few lines.
+    Where a gateway runs (`elastickv serve`), its models and their states stand below. Without a terminal, or with
+    --plain, each sample is a few lines.
     """
     seconds = parse_seconds(interval, "--interval")
     if seconds < 0.05 or count < 0:
@@ -102,7 +123,7 @@ def top(
     settings = Settings.load(options={"device": device, "directory": directory})
     ledger = open_chosen_ledger(settings)
     console = Console(highlight=False)
-    with Poller(ledger, seconds) as poller:
+    with Poller(ledger, seconds, Path(state) if state else default_state(settings.directory)) as poller:
         if plain or not console.is_terminal:
             _print_lines(poller, count, seconds)
         else:
@@ -124,6 +145,9 @@ def frame(sample: Sample, hint: str = "q quits") -> RenderableType:
     for tenant in view.tenants:
         rows.append(Text(""))
         rows.extend(_tenant_rows(tenant, view.capacity))
+    if sample.models:
+        rows.extend([Text(""), Text("models of the gateway", style="bold")])
+        rows.extend(_model_row(model) for model in sample.models)
     rows.extend([Text(""), Text(LEGEND, style="dim")])
     return Group(*rows)
 
@@ -147,7 +171,28 @@ def plain_lines(sample: Sample) -> list[str]:
         }
         text = " ".join(f"{key}={_tight(value)}" for key, value in numbers.items())
         lines.append(f"{sample.clock} {tenant.name} {text} state={state_of(tenant)!r}")
+    for model in sample.models:
+        lines.append(
+            f"{sample.clock} model={model.name} state={model.state.value} for={_tight_age(model)} why={model.reason!r}"
+        )
     return lines
+
+
+def _age(model: ModelView) -> str:
+    return format_seconds(round(max(0.0, time.time() - model.since)))
+
+
+def _tight_age(model: ModelView) -> str:
+    return _age(model).replace(" ", "")
+
+
+def _model_row(model: ModelView) -> Text:
+    state = Text(f"{model.state.value:9}", style=STATE_STYLES.get(model.state.value, ""))
+    since = f" {_age(model):>8}  "
+    room = 79 - NAME_WIDTH - 1 - 9 - len(since)
+    reason = model.reason if len(model.reason) <= room else f"{model.reason[: room - 1]}…"
+    name = (f"{model.name[:NAME_WIDTH]:{NAME_WIDTH}} ", "bold")
+    return Text.assemble(name, state, since, (reason, "dim"), no_wrap=True)
 
 
 def _tight(size: int | None) -> str:
