@@ -1,4 +1,5 @@
 // The pool and its page table, for the process that schedules.
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/tuple.h>
@@ -73,6 +74,36 @@ nb::dict stats(Pool &pool) {
     return out;
 }
 
+using Runs = std::vector<std::pair<std::uint32_t, std::uint32_t>>;
+
+// Ascending ids as (first, number) of what follows one another.
+Runs runs_of(const Ids &ids) {
+    Runs runs;
+    for (const std::uint32_t id : ids) {
+        if (!runs.empty() && runs.back().first + runs.back().second == id)
+            ++runs.back().second;
+        else
+            runs.emplace_back(id, 1);
+    }
+    return runs;
+}
+
+Runs take_runs(Pool &pool, std::uint32_t n) {
+    Ids ids(n);
+    if (unwrap(pool.take(ids)) != 0)
+        raise({Code::invalid, "take_runs() is for an engine that keeps its cache itself; use take()"});
+    return runs_of(ids);
+}
+
+using Ids64 = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+nb::tuple reclaim(Pool &pool, const Ids64 &free, bool idle, bool last) {
+    Ids ids(free.size());
+    for (std::size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<std::uint32_t>(free.data()[i]);
+    const Pool::Reclaimed out = unwrap(without_gil([&] { return pool.reclaim(ids, idle, last); }));
+    return nb::make_tuple(runs_of(out.kept), out.evict, static_cast<int>(out.why));
+}
+
 bool wait_bell(Pool &pool, std::uint32_t seen, std::uint64_t timeout_us) {
     Tenant &tenant = *pool.leases().shares().front().tenant;
     return without_gil([&] { return tenant.wait_bell(seen, timeout_us); }) != seen;
@@ -132,6 +163,8 @@ void bind_block_operations(nb::class_<Pool> &pool) {
             "touch", [](Pool &self, std::uint32_t id) { check(self.touch(id)); }, nb::arg("id"))
         .def(
             "uncache", [](Pool &self, const Ids &ids) { check(self.uncache(ids)); }, nb::arg("ids"))
+        .def("take_runs", &take_runs, nb::arg("n"), nb::sig("def take_runs(self, n: int) -> list[tuple[int, int]]"),
+             "Takes n free blocks, the lowest first: (first, number) of each run.")
         .def("num_available", &Pool::available)
         .def("num_used", &Pool::used);
 }
@@ -161,6 +194,24 @@ void bind_pool(nb::module_ &module) {
         .def("preempt_blocks", &Pool::preempt_blocks, nb::call_guard<nb::gil_scoped_release>(),
              "Used blocks that must at least be given up by preempting, for a limit that was ordered to hold now. "
              "Ask again after each preemption and maintain().")
+        .def("lend", &Pool::lend, nb::arg("free"), nb::arg("cached"), nb::call_guard<nb::gil_scoped_release>(),
+             "For an engine that keeps free blocks and prefixes itself: what its used blocks really are.")
+        .def(
+            "reclaim", &reclaim, nb::arg("free"), nb::arg("idle"), nb::arg("last"),
+            nb::sig(
+                "def reclaim(self, free: object, idle: bool, last: bool) -> tuple[list[tuple[int, int]], int, int]"),
+            "maintain() for such an engine. free: int64 array of the ids on its list. Returns those that stay on it as "
+            "(first, number), how many blocks' worth of prefixes it should drop before it calls again, and why.")
+        .def(
+            "count_evicted",
+            [](Pool &self, int why, std::uint64_t blocks) {
+                if (why < 0 || why > static_cast<int>(Evicted::budget)) raise({Code::invalid, "no such reason"});
+                self.count_evicted(static_cast<Evicted>(why), blocks);
+            },
+            nb::arg("why"), nb::arg("blocks"))
+        .def(
+            "headroom", [](Pool &self) { return self.headroom_blocks(); }, nb::call_guard<nb::gil_scoped_release>(),
+            "Blocks that ensure() could map now beyond those that are available, without asking anybody.")
         .def("ticket", &Pool::ticket)
         .def("mark_active", &Pool::mark_active)
         .def("poll", &Pool::poll, nb::call_guard<nb::gil_scoped_release>())

@@ -74,14 +74,14 @@ void Pool::empty_extent(std::uint32_t head, std::vector<std::uint32_t> &evicted)
 
 bool Pool::over_cache_limit() const noexcept {
     const std::uint64_t limit = options_.cache_limit_pages;
-    return limit == 0 ? lru_.count() != 0 : usage_.cached > limit;
+    return limit == 0 ? own_cache() != 0 : usage_now().cached > limit;
 }
 
 // Brings the prefix cache under its own budget. The pages stay, mapped and free, as after any other free. A budget of 0
 // also drops what is cached beside used blocks.
 void Pool::keep_cache_limit(std::vector<std::uint32_t> &evicted) {
     const std::size_t before = evicted.size();
-    while (over_cache_limit()) {
+    while (lru_.count() != 0 && over_cache_limit()) {
         const std::uint32_t head = next_to_empty(0);
         if (head != Lru::npos) {
             empty_extent(head, evicted);

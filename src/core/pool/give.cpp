@@ -112,7 +112,7 @@ Pool::Given Pool::give_asked(std::uint64_t floor, std::uint64_t ticket, std::vec
     const auto missing = [given](std::uint64_t pages) { return pages > given ? pages - given : 0; };
     drain(std::max(missing(over), std::min(missing(lent), ask.in_use)), evicted);
     if (!orders) return {given, 0};
-    const std::uint64_t trim = leases_.trim();
+    const std::uint64_t trim = leases_.trim() > trimmed_ ? leases_.trim() - trimmed_ : 0;
     std::uint64_t trimmed = give_free(trim, floor, ticket);
     if (trimmed < trim) trimmed += evict(trim - trimmed, floor, counters_.evicted_limit);
     return {given + trimmed, trimmed};
@@ -125,21 +125,28 @@ std::uint64_t Pool::give_idle(std::uint64_t now, std::uint64_t floor, std::uint6
     const std::uint64_t quiet_us = now > active ? (now - active) / 1000 : 0;
     if (quiet_us < options_.idle_release_us) return 0;
     std::uint64_t given = 0;
-    if (options_.cache_release_us != kNever && quiet_us >= options_.cache_release_us) {
+    if (cache_is_due(now)) {
         const std::size_t before = evicted.size();
         given = evict_extents(num_pages_, floor, ticket, evicted);
         counters_.evicted_idle += evicted.size() - before;
     }
     given += give_free(num_pages_, floor, ticket);
     released_free_for_ = active;
-    if (quiet_us >= options_.cache_release_us) released_cache_for_ = active;
+    if (cache_is_due(now) && lent_cached_ == 0) released_cache_for_ = active;
     return given;
 }
 
 std::vector<std::uint32_t> Pool::maintain(bool idle) {
     if (origin_.elsewhere()) return {};
-    std::vector<std::uint32_t> evicted;
     const std::scoped_lock lock(mutex_);
+    std::uint64_t given = 0;
+    std::vector<std::uint32_t> evicted = maintain_locked(idle, &given);
+    answer_asked();
+    return evicted;
+}
+
+std::vector<std::uint32_t> Pool::maintain_locked(bool idle, std::uint64_t *given_pages) {
+    std::vector<std::uint32_t> evicted;
     poll_locked();
     const std::uint64_t now = monotonic_ns();
     publish();  // what is asked of us depends on what we say we hold
@@ -150,9 +157,15 @@ std::vector<std::uint32_t> Pool::maintain(bool idle) {
     if (idle) given.pages += give_idle(now, floor, ticket, evicted);
     ordered(given.pages, ticket, now);
     publish();  // before the answers: who waited for them may look at once
-    leases_.answer_orders(given.trimmed);
-    leases_.answered();
+    *given_pages = given.pages;
+    trimmed_ += given.trimmed;
     return evicted;
+}
+
+void Pool::answer_asked() noexcept {
+    leases_.answer_orders(trimmed_);
+    leases_.answered();
+    trimmed_ = 0;
 }
 
 std::vector<std::uint32_t> Pool::give_all() {
@@ -180,7 +193,7 @@ std::uint32_t Pool::preempt_blocks() {
     const std::scoped_lock lock(mutex_);
     if (poll_locked()) publish();
     const std::uint64_t over = over_limit(true);
-    const std::uint64_t spare = held_pages_ + lost_pages_ - usage_.used;  // free, cached, or being mapped
+    const std::uint64_t spare = held_pages_ + lost_pages_ - usage_now().used;  // free, cached, or being mapped
     if (over <= spare) return 0;
     const std::uint64_t bytes = (over - spare) * options_.page_bytes;
     return static_cast<std::uint32_t>(
@@ -203,10 +216,9 @@ std::uint64_t Pool::next_deadline_us(bool idle) {
     const std::uint64_t floor = leases_.floor_pages(), active = last_active_ns_.load(std::memory_order_relaxed);
     const std::uint64_t quiet_us = now > active ? (now - active) / 1000 : 0;
     std::uint64_t due = kNever;
-    if (held_pages_ > floor && empty_extents_.count() != 0 && released_free_for_ != active)
+    if (held_pages_ > floor && (empty_extents_.count() != 0 || lent_free_ != 0) && released_free_for_ != active)
         due = options_.idle_release_us;
-    if (held_pages_ > floor && lru_.count() != 0 && released_cache_for_ != active &&
-        options_.cache_release_us != kNever)
+    if (held_pages_ > floor && own_cache() != 0 && released_cache_for_ != active && options_.cache_release_us != kNever)
         due = std::min(due, std::max(options_.cache_release_us, options_.idle_release_us));
     if (due == kNever) return most;
     if (quiet_us >= due) return 0;

@@ -218,9 +218,9 @@ bool Pool::grow(std::uint32_t shortfall, bool ring, Status *why) {
 
 // Would the own cache and the room that is left on the devices do, both together?
 bool Pool::covered_by_both(std::uint64_t blocks) {
-    if (lru_.count() == 0) return false;
+    if (own_cache() == 0) return false;
     const std::uint64_t room = std::min<std::uint64_t>(leases_.headroom(), num_pages_);
-    return lru_.count() + room * options_.page_bytes / options_.block_bytes >= blocks;
+    return own_cache() + room * options_.page_bytes / options_.block_bytes >= blocks;
 }
 
 // What can be had of it now; the own cache covers the rest.
@@ -312,7 +312,7 @@ std::uint32_t Pool::ensure_locked(std::uint32_t n, bool patient, std::unique_loc
         if (have < n && !grow(static_cast<std::uint32_t>(n - have), rang, &why)) {
             if (!counted) ++counters_.misses;
             counted = true;
-            const bool own_cache_covers = have + lru_.count() >= n || covered_by_both(n - have);
+            const bool own_cache_covers = have + own_cache() >= n || covered_by_both(n - have);
             if (why.code() == Code::unavailable && !rang) {
                 rang = true;
                 continue;  // once more, with the bell: the demand is on the ledger from here on

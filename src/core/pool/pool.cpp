@@ -152,11 +152,12 @@ void Pool::count_block(BlockState state, std::uint32_t delta) noexcept {
 }
 
 void Pool::publish() noexcept {
-    leases_.publish(usage_, used() != 0, counters_);
+    const PageUsage usage = usage_now();
+    leases_.publish(usage, used() > lent_free_ + lent_cached_, counters_);
     const bool above = over_cache_limit();
     if (above && !above_cache_limit_.load(std::memory_order_relaxed)) leases_.ring_self();  // an engine may fall idle
     above_cache_limit_.store(above, std::memory_order_relaxed);
-    above_limit_.store(usage_.free + usage_.cached != 0 && over_limit(false) != 0, std::memory_order_relaxed);
+    above_limit_.store(usage.free + usage.cached != 0 && over_limit(false) != 0, std::memory_order_relaxed);
 }
 
 std::uint32_t Pool::available() const noexcept { return available_.load(std::memory_order_relaxed); }

@@ -40,6 +40,9 @@ struct PoolOptions {
 // withheld: free, and not handed out, for its extent is being drained.
 enum class BlockState : std::uint8_t { absent = 0, free = 1, used = 2, cached = 3, withheld = 4 };
 
+// Why cached blocks were dropped; see Counters.
+enum class Evicted : std::uint8_t { need = 0, neighbour = 1, limit = 2, idle = 3, budget = 4 };
+
 struct PoolStats {
     std::uint32_t num_blocks = 0, free = 0, used = 0, cached = 0, withheld = 0, coming = 0;
     PageUsage pages;
@@ -91,6 +94,27 @@ class Pool {
     // Reads the ranks' answers; ensure and maintain do it too.
     void poll();
 
+    // --- for an engine that keeps free blocks and cached prefixes itself (lent.cpp)
+    //
+    // Such an engine takes blocks by the extent and never gives one back by itself: to the pool all it has are used.
+    // lend() says what they really are, so that neighbours and the sharing policy see it; reclaim() is its maintain().
+
+    // Of the used blocks the engine has `free` on its own list, and `cached` hold prefixes that it could drop.
+    void lend(std::uint32_t free, std::uint32_t cached);
+    struct Reclaimed {
+        std::vector<std::uint32_t> kept;  // of the free blocks, those that stay the engine's, ascending
+        std::uint64_t evict = 0;          // blocks whose prefixes the engine should drop, to be asked again
+        Evicted why = Evicted::need;
+    };
+    // Does what maintain() does with the engine's free blocks: `free` are all that lie on its list, and those that are
+    // not among `kept` are gone from it. Where `evict` is not 0 and this is not the `last` call, orders and neighbours are
+    // not answered yet: the engine drops so many blocks' worth of prefixes and calls again. invalid, with nothing
+    // changed, if one is not used.
+    Result<Reclaimed> reclaim(std::span<const std::uint32_t> free, bool idle, bool last);
+    void count_evicted(Evicted why, std::uint64_t blocks) noexcept;
+    // Blocks that could be mapped now beyond those that are available, without asking anybody.
+    std::uint64_t headroom_blocks();
+
     // Tells the ranks to unmap everything, without fences: nothing may use the cache any more. Idempotent.
     void close() noexcept;
 
@@ -135,6 +159,8 @@ class Pool {
     void count_block(BlockState state, std::uint32_t delta) noexcept;
     void count_on_extents(std::uint32_t block, BlockState state, int delta) noexcept;
     void publish() noexcept;
+    PageUsage usage_now() const noexcept;
+    std::uint64_t own_cache() const noexcept { return lru_.count() + lent_cached_; }
     void take_locked(std::span<std::uint32_t> out, std::uint32_t *evicted) noexcept;
 
     Status lease_patiently(std::uint64_t pages);
@@ -170,6 +196,8 @@ class Pool {
     Given give_asked(std::uint64_t floor, std::uint64_t ticket, std::vector<std::uint32_t> &evicted);
     std::uint64_t give_idle(std::uint64_t now, std::uint64_t floor, std::uint64_t ticket,
                             std::vector<std::uint32_t> &evicted);
+    std::vector<std::uint32_t> maintain_locked(bool idle, std::uint64_t *given_pages);
+    void answer_asked() noexcept;
     void ordered(std::uint64_t given, std::uint64_t ticket, std::uint64_t now) noexcept;
     bool free_is_due() noexcept;
     void answer_with_free();
@@ -189,6 +217,11 @@ class Pool {
     bool on_draining(std::uint32_t block) const noexcept;
     void set_draining(std::uint32_t head, bool draining) noexcept;
     void drain(std::uint64_t pages, std::vector<std::uint32_t> &evicted);
+
+    // lent (lent.cpp)
+    bool cache_is_due(std::uint64_t now) const noexcept;
+    std::uint64_t evict_wanted(bool idle, Evicted *why);
+    std::vector<std::uint32_t> take_back(std::span<const std::uint32_t> free);
 
     Status check_blocks() const;
     Status check_extents() const;
@@ -225,6 +258,9 @@ class Pool {
     std::uint64_t released_free_for_ = 0, released_cache_for_ = 0;  // the activity after which the idle clock released
     std::uint64_t lost_pages_ = 0, map_failures_ = 0, grown_ = 0, returned_ = 0;
     Counters counters_;
+    std::uint32_t lent_free_ = 0, lent_cached_ = 0;
+    std::uint64_t stuck_pages_ = 0, stuck_until_ns_ = 0;  // of lent free blocks, that could not go at the last look
+    std::uint64_t trimmed_ = 0;                           // pages given for a trim that is not answered yet
     std::atomic<std::uint32_t> used_blocks_{0}, available_{0};
     std::atomic<bool> above_limit_{false};  // and there are pages that could go
     std::atomic<bool> drains_{false};

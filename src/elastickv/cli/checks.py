@@ -21,7 +21,7 @@ from elastickv.units import format_size
 
 __all__ = ["Finding", "directory", "driver", "engine_checks", "everything", "ledgers"]
 
-PLUGIN_GROUPS: Final = {"vllm": "vllm.general_plugins"}
+PLUGIN_GROUPS: Final = {"vllm": "vllm.general_plugins", "sglang": "sglang.srt.plugins"}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,10 @@ from elastickv.errors import NotFound
 
 __all__ = ["NAMES", "Adapter", "Server", "adapter", "managed_environment"]
 
-_MODULES: Final = {"vllm": "elastickv.engines.vllm.adapter"}
+_MODULES: Final = {
+    "vllm": "elastickv.engines.vllm.adapter",
+    "sglang": "elastickv.engines.sglang.adapter",
+}
 
 NAMES: Final = tuple(_MODULES)
 

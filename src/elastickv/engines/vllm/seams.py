@@ -1,31 +1,15 @@
-"""The places of vLLM that the plug-in attaches to, and the check that they are what it was written against.
-
-A seam is a function of a class or module, with the parameters that the plug-in relies on. A name that is gone or a
-parameter that is renamed makes the plug-in refuse, rather than attach to something that is never called.
-"""
+"""The places of vLLM that the plug-in attaches to."""
 
 from __future__ import annotations
 
-import functools
-import importlib
-import inspect
-from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from typing import Final
 
 from vllm.platforms import current_platform
 
-from elastickv.errors import EngineRefused
+from elastickv.engines import seams
+from elastickv.engines.seams import Seam, find, wrap
 
 __all__ = ["SEAMS", "Seam", "check", "find", "wrap"]
-
-
-class Seam(NamedTuple):
-    """Where (module, dotted name within it) and the parameters that must be there, in this order."""
-
-    module: str
-    name: str
-    parameters: tuple[str, ...]
-
 
 _CORE: Final = "vllm.v1.engine.core"
 _EXECUTOR: Final = "vllm.v1.executor.abstract"
@@ -112,36 +96,4 @@ SEAMS: Final = (
 
 def check(version: str) -> None:
     """Refuses with every seam that is not as expected. `version` is only for the text."""
-    wrong = [text for text in (_problem(seam) for seam in SEAMS) if text]
-    if wrong:
-        raise EngineRefused(
-            f"vLLM {version} is not built as elastickv expects: {'; '.join(wrong)}; "
-            "use a version of vLLM that this elastickv names, or a newer elastickv"
-        )
-
-
-def wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Replaces owner.name by make(owner.name), once: a second call finds the mark and changes nothing."""
-    original = getattr(owner, name)
-    if getattr(original, "_elastickv", False):
-        return
-    replaced = functools.wraps(original)(make(original))
-    replaced._elastickv = True  # type: ignore[attr-defined]
-    setattr(owner, name, replaced)
-
-
-def find(seam: Seam) -> Any:
-    """The function that the seam names; AttributeError or ImportError where there is none."""
-    return functools.reduce(getattr, seam.name.split("."), importlib.import_module(seam.module))
-
-
-def _problem(seam: Seam) -> str:
-    where = f"{seam.module}.{seam.name}"
-    try:
-        found = find(seam)
-    except (ImportError, AttributeError):
-        return f"there is no {where}"
-    have = tuple(inspect.signature(found).parameters)
-    if have[: len(seam.parameters)] != seam.parameters:
-        return f"{where} takes ({', '.join(have)}), expected ({', '.join(seam.parameters)}, ...)"
-    return ""
+    seams.check(f"vLLM {version}", SEAMS)

@@ -1,0 +1,45 @@
+"""What a prefill may count on: memory is leased and mapped before SGLang promises it to a request.
+
+SGLang admits by numbers and allocates later, and an allocation that fails then ends the engine. So what a request
+needs at once is secured when it is admitted; what it may need later is only counted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.mem_cache.prefill_budget import PrefillBudget
+
+__all__ = ["ElasticPrefillBudget"]
+
+
+class ElasticPrefillBudget(PrefillBudget):  # type: ignore[misc]
+    """For one pass over the waiting requests."""
+
+    def _secured(self, tokens: int) -> bool:
+        """Whether what was admitted in this pass and `tokens` more have memory, or cached prefixes to take it from."""
+        need = self.current_offset + self.ceil_paged_tokens(tokens) + self.page_size
+        have = int(self.allocator.secure(need))
+        evictable = int(self.tree_cache.evictable_size())
+        return have + evictable >= need
+
+    def check_prefill(
+        self, *, extend_input_len: int, chunk_limit: int | None, **kwargs: Any
+    ) -> tuple[bool, int | None]:
+        fits, limit = super().check_prefill(extend_input_len=extend_input_len, chunk_limit=chunk_limit, **kwargs)
+        if not fits:
+            return False, None
+        at_once = extend_input_len if limit is None else min(extend_input_len, limit)
+        return (True, limit) if self._secured(at_once) else (False, None)
+
+    def can_allocate_prefill(self, *, paged_input: int, **kwargs: Any) -> bool:
+        return bool(super().can_allocate_prefill(paged_input=paged_input, **kwargs)) and self._secured(paged_input)
+
+    def available_chunk_tokens(self, chunk_limit: int) -> int | None:
+        """The next chunk of a request that has begun; None: it waits. SGLang's own budget lets it go on regardless."""
+        self._secured(chunk_limit)
+        have = self.allocator.secure(0) + int(self.tree_cache.evictable_size())
+        room = have - self.current_offset - self.page_size
+        if room >= chunk_limit:
+            return chunk_limit
+        return room // self.page_size * self.page_size if room >= self.page_size else None

@@ -1,0 +1,226 @@
+"""One rank of a managed engine: from before its model is loaded until it ends."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any, Final
+
+import torch
+from sglang.srt.runtime_context import get_parallel
+
+from elastickv.config import Settings
+from elastickv.engines.sglang import gate, ranks
+from elastickv.engines.sglang.allocator import ElasticPagedAllocator, ElasticTokenAllocator, adopt
+from elastickv.engines.sglang.channel import Channel
+from elastickv.engines.sglang.layout import Rows
+from elastickv.engines.sglang.ration import Ration
+from elastickv.errors import EngineRefused, Unavailable
+from elastickv.memory import Cache, RankMemory, RankSpec, Tenancy, device_page
+from elastickv.memory.asking import Asking
+from elastickv.units import format_size
+
+__all__ = ["Session", "current", "forget", "start"]
+
+_logger = logging.getLogger("sglang.elastickv")
+
+READY_S: Final = 60.0
+
+_here: list[Session] = []
+
+
+def start(settings: Settings, version: str) -> Session:
+    """The session of the one engine of this process."""
+    if _here:
+        raise EngineRefused("elastickv manages one SGLang scheduler a process, and there is one here already")
+    session = Session(settings, version)
+    _here.append(session)
+    return session
+
+
+def current() -> Session:
+    """The session of this process."""
+    if not _here:
+        raise EngineRefused(
+            "a KV pool was made outside of a scheduler that elastickv knows; please report this with SGLang's version, "
+            "or unset ELASTICKV to serve without it"
+        )
+    return _here[-1]
+
+
+def forget() -> None:
+    """Closes the session of this process, if there is one."""
+    while _here:
+        _here.pop().close()
+
+
+class Session:
+    """Used by the scheduler's thread."""
+
+    def __init__(self, settings: Settings, version: str) -> None:
+        self.settings = settings
+        self.version = version
+        self.scheduler: Any = None
+        self.devices: list[str] = []
+        """By rank."""
+        self.rank = 0
+        self.tenancy: Tenancy | None = None
+        """Of the rank that decides."""
+        self.cache: Cache | None = None
+        self.memory: RankMemory | None = None
+        self.channel = Channel()
+        self._ration: Ration | None = None
+        self._asking: Asking | None = None
+        self._rows: Rows | None = None
+        self._fenced = 0
+        self._fence_stream: Any = None
+
+    # --- start
+
+    def begin(self, scheduler: Any) -> None:
+        """Refuses what cannot be managed, and joins the ledgers; nothing is loaded yet."""
+        self.scheduler = scheduler
+        gate.check_arguments(scheduler.server_args)
+        self.rank, self.devices = ranks.expected(self.settings)
+        if self.rank == 0:
+            self.tenancy = Tenancy.join(self.settings, self.devices, engine=f"sglang {self.version}")
+            self.tenancy.watch_limits()
+
+    def virtual_bytes(self) -> int:
+        """How far the addresses of one rank reach, in bytes; the same on every rank."""
+        mine = 0
+        if self.tenancy is not None:
+            shares = [
+                (self.settings.virtual or self.tenancy.view(device).capacity) // self.devices.count(device)
+                for device in set(self.devices)
+            ]
+            mine = min(shares)
+        return ranks.from_first(mine)
+
+    def attention_backends(self) -> set[str]:
+        """Names of the attention backends that read the cache."""
+        return {str(name) for name in gate.attention_backends(self.scheduler.server_args) if name}
+
+    def attach_memory(self, rows: Rows) -> list[list[torch.Tensor]]:
+        """The cache, made together with the other ranks, as this rank's buffers: by part, the tensors of all layers."""
+        if self.memory is not None:
+            raise EngineRefused(
+                "this engine makes a second KV pool, and elastickv manages one; start without speculative decoding, "
+                "or unset ELASTICKV to serve without it"
+            )
+        geometries = ranks.gather(rows.geometry(self.devices[self.rank]))
+        blocks = 0
+        specs: list[RankSpec] = []
+        if self.tenancy is not None:
+            page = device_page(self.devices[0], self.settings, self.tenancy.view(self.devices[0]).capacity)
+            blocks = max(ranks.aligned(geometry, rows.blocks, page) for geometry in geometries)
+            self.cache = self._make_cache(blocks, geometries, rows.name)
+            specs = [self.cache.rank_spec(rank) for rank in range(len(geometries))]
+        blocks, specs = ranks.from_first((blocks, specs))
+        self.memory = RankMemory.attach(specs[self.rank], allow_context=True)
+        tensor = torch.from_dlpack(self.memory)
+        self.memory.wait_block0(READY_S)
+        pool = None
+        if self.cache is not None:
+            self.cache.wait_ready(READY_S)
+            pool = self.cache.pool
+            self._asking = Asking(pool)
+        self._rows = rows
+        self._ration = Ration(pool, self.channel, rows.blocks - 1, self._ask)
+        return rows.views(tensor, blocks)
+
+    def _make_cache(self, blocks: int, geometries: list[Any], layout: str) -> Cache:
+        tenancy = self._need(self.tenancy)
+        until = time.monotonic() + self.settings.start_wait
+        while True:
+            try:
+                return Cache.within(tenancy, num_blocks=blocks, ranks=geometries, layout=layout)
+            except Unavailable as error:  # the neighbours have requests running in every page
+                if time.monotonic() >= until:
+                    raise
+                _logger.warning("elastickv waits for its neighbours: %s", error)
+
+    def _ask(self, blocks: int, patient: bool) -> None:
+        self._need(self._asking).ensure(blocks, patient=patient)
+
+    def adopt_allocator(self, allocator: Any) -> Any:
+        """SGLang's allocator, elastic."""
+        return adopt(allocator, self._need(self._ration))
+
+    def engaged(self, scheduler: Any) -> None:
+        """Proves that everything is in place, or refuses; then begins to look after the engine."""
+        ration = self._need(self._ration)
+        gate.check_engaged(scheduler, self)
+        ration.tree = scheduler.tree_cache
+        ration.is_idle = scheduler.is_fully_idle
+        ration.is_running = lambda: not scheduler.running_batch.is_empty()
+        if self.tenancy is not None:
+            self.tenancy.stop_watching()
+            _logger.info("%s", self._need(self.cache).describe())
+
+    def holds(self, pool: Any) -> bool:
+        """Whether every buffer of SGLang's pool lies in the elastic range."""
+        memory = self._need(self.memory)
+        low, high = memory.address, memory.address + memory.tensor_bytes
+        buffers = [*(getattr(pool, "k_buffer", None) or []), *(getattr(pool, "v_buffer", None) or [])]
+        buffers += list(getattr(pool, "kv_buffer", None) or [])
+        return bool(buffers) and all(low <= buffer.data_ptr() < high for buffer in buffers)
+
+    @staticmethod
+    def allocators() -> tuple[type, ...]:
+        """The classes that an engaged engine's allocator may be of."""
+        return ElasticTokenAllocator, ElasticPagedAllocator
+
+    # --- steps
+
+    def tick(self) -> None:
+        """Before each step, also where there is none to run."""
+        ration = self._ration
+        if ration is None or ration.tree is None:
+            return
+        ticket = ration.look()
+        if ticket > self._fenced:
+            self._fence(ticket)
+
+    def _fence(self, ticket: int) -> None:
+        """Pages of orders up to `ticket` go once the device has passed what is launched by now."""
+        memory = self._need(self.memory)
+        self._fenced = ticket
+        if self.scheduler.device == "cpu":
+            memory.fence(ticket, 0)
+            return
+        stream = self._fence_stream
+        if stream is None:
+            stream = self._fence_stream = torch.cuda.Stream()
+        # Steps run on the forward stream, and without overlap on the current one; the list is cut on the current one.
+        stream.wait_stream(torch.cuda.current_stream())
+        stream.wait_stream(self.scheduler.forward_stream)
+        memory.fence(ticket, stream.cuda_stream)
+
+    def close(self) -> None:
+        """Leaves the ledger."""
+        if self.cache is not None:
+            cache, self.cache = self.cache, None
+            cache.close()
+        if self.memory is not None:
+            memory, self.memory = self.memory, None
+            memory.close()
+        if self.tenancy is not None:
+            tenancy, self.tenancy = self.tenancy, None
+            tenancy.close()
+
+    @staticmethod
+    def _need(part: Any) -> Any:
+        if part is None:
+            raise EngineRefused("elastickv was asked for a part of this engine before its start; please report this")
+        return part
+
+    def describe(self) -> str:
+        """For logs."""
+        held = self._ration.held if self._ration is not None else 0
+        return f"sglang {self.version}: {held} blocks, {format_size(self.memory.mapped_bytes if self.memory else 0)}"
+
+
+def world() -> Any:
+    """The group of all ranks of this engine."""
+    return get_parallel().world_group
