@@ -6,7 +6,7 @@ from importlib import metadata
 from typing import Final
 
 from elastickv.config import process_environment
-from elastickv.engines.base import Adapter
+from elastickv.engines.base import Adapter, Server
 from elastickv.engines.sglang import gate
 from elastickv.errors import ElasticKVError
 
@@ -21,6 +21,16 @@ _CHOICE: Final = "SGLANG_PLUGINS"
 class _Sglang:
     name = "sglang"
     versions = gate.VERSIONS
+    server = Server(
+        module="sglang.launch_server",
+        model_option="--model-path",
+        name_option="--served-model-name",
+        sleep_arguments=("--enable-memory-saver",),
+        environment=(),
+        sleep="/release_memory_occupation",
+        wake="/resume_memory_occupation",
+        asleep="",
+    )
 
     def installed_version(self) -> str | None:
         try:

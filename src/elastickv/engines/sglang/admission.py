@@ -19,9 +19,8 @@ class ElasticPrefillBudget(PrefillBudget):  # type: ignore[misc]
     def _secured(self, tokens: int) -> bool:
         """Whether what was admitted in this pass and `tokens` more have memory, or cached prefixes to take it from."""
         need = self.current_offset + self.ceil_paged_tokens(tokens) + self.page_size
-        have = int(self.allocator.secure(need))
-        evictable = int(self.tree_cache.evictable_size())
-        return have + evictable >= need
+        have = self.allocator.secure(need) + self.tree_cache.evictable_size()
+        return bool(have >= need)
 
     def check_prefill(
         self, *, extend_input_len: int, chunk_limit: int | None, **kwargs: Any

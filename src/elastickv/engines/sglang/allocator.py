@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sglang.srt.mem_cache.allocator.base import BaseTokenToKVPoolAllocator
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
@@ -39,13 +40,11 @@ def adopt(allocator: Any, ration: Ration) -> Any:
     return allocator
 
 
-class _Elastic:
+class _Elastic(BaseTokenToKVPoolAllocator):  # type: ignore[misc]
     """What both allocators do differently. Belongs to the scheduler's thread, like its base."""
 
     ration: Ration
     page_size: int
-    device: str
-    free_pages: torch.Tensor
 
     def elastic_init(self, ration: Ration) -> None:
         """Called once, by adopt()."""
@@ -60,14 +59,14 @@ class _Elastic:
 
     def clear(self) -> None:
         """All blocks with memory behind them are free again."""
-        super().clear()  # type: ignore[misc]
+        super().clear()
         ration = getattr(self, "ration", None)
         if ration is not None:
             self.free_pages = ration.held_ids().to(self.device)
 
     def free_blocks(self) -> int:
         """Blocks on the list; known without a look at it."""
-        return int(super().available_size()) // self.page_size  # type: ignore[misc]
+        return int(super().available_size()) // self.page_size
 
     def append(self, runs: Runs) -> None:
         """Blocks that have become ours, ascending."""
@@ -75,12 +74,12 @@ class _Elastic:
 
     def replace(self, runs: Runs) -> None:
         """What is left of the list after blocks were given back, ascending."""
-        self.merge_and_sort_free()  # type: ignore[attr-defined]
+        self.merge_and_sort_free()
         self.free_pages = torch.cat([torch.empty(0, dtype=torch.int64, device=self.device), *self._ids(runs)])
 
     def census(self) -> torch.Tensor:
         """The ids on the list, in this process's memory. On a GPU it waits for the device: only for giving back."""
-        self.merge_and_sort_free()  # type: ignore[attr-defined]
+        self.merge_and_sort_free()
         return self.free_pages.cpu()
 
     def _ids(self, runs: Runs) -> list[torch.Tensor]:

@@ -33,7 +33,6 @@ REFUSED: Final[dict[str, tuple[Any, str, str]]] = {
     "enable_flexkv": (False, "it shares the whole cache with another process", "start without it"),
     "enable_unified_cache_external_linker": (False, "it registers the whole cache with its store", "start without it"),
     "enable_kv_cache_sharding": (False, "its ranks hold different blocks", "start without it"),
-    "enable_memory_saver": (False, "the cache is no memory of the memory saver's", "start without it"),
     "enable_dp_attention": (False, "its ranks schedule by themselves", "start one engine a replica"),
     "dp_size": (1, "each replica is a tenant of its own", "start one engine a replica"),
     "dcp_size": (1, "its blocks are spread over ranks", "leave it at 1"),

@@ -7,7 +7,6 @@ import time
 from typing import Any, Final
 
 import torch
-from sglang.srt.runtime_context import get_parallel
 
 from elastickv.config import Settings
 from elastickv.engines.sglang import gate, ranks
@@ -18,7 +17,6 @@ from elastickv.engines.sglang.ration import Ration
 from elastickv.errors import EngineRefused, Unavailable
 from elastickv.memory import Cache, RankMemory, RankSpec, Tenancy, device_page
 from elastickv.memory.asking import Asking
-from elastickv.units import format_size
 
 __all__ = ["Session", "current", "forget", "start"]
 
@@ -214,13 +212,3 @@ class Session:
         if part is None:
             raise EngineRefused("elastickv was asked for a part of this engine before its start; please report this")
         return part
-
-    def describe(self) -> str:
-        """For logs."""
-        held = self._ration.held if self._ration is not None else 0
-        return f"sglang {self.version}: {held} blocks, {format_size(self.memory.mapped_bytes if self.memory else 0)}"
-
-
-def world() -> Any:
-    """The group of all ranks of this engine."""
-    return get_parallel().world_group
