@@ -107,8 +107,8 @@ class Pool {
         Evicted why = Evicted::need;
     };
     // Does what maintain() does with the engine's free blocks: `free` are all that lie on its list, and those that are
-    // not among `kept` are gone from it. Where `evict` is not 0 and this is not the `last` call, orders and neighbours are
-    // not answered yet: the engine drops so many blocks' worth of prefixes and calls again. invalid, with nothing
+    // not among `kept` are gone from it. Where `evict` is not 0 and this is not the `last` call, orders and neighbours
+    // are not answered yet: the engine drops so many blocks' worth of prefixes and calls again. invalid, with nothing
     // changed, if one is not used.
     Result<Reclaimed> reclaim(std::span<const std::uint32_t> free, bool idle, bool last);
     void count_evicted(Evicted why, std::uint64_t blocks) noexcept;
