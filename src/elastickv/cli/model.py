@@ -28,7 +28,7 @@ app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Models of a running gateway: add, remove, sleep, wake, list."
 )
 
-_REASON: Final = 60
+_REASON: Final = 240
 
 Name = Annotated[str, typer.Argument(metavar="NAME", show_default=False)]
 Url = Annotated[
