@@ -25,3 +25,6 @@ class Channel:
     def hear(self, kind: str, told: type[_Told]) -> _Told:
         """Of the others: the next decision, which must be of that kind."""
         raise IntegrityError(f"the only rank of an engine waits for a decision ({kind}) of another; please report this")
+
+    def close(self) -> None:
+        """Nobody tells or hears any more; may be called twice."""

@@ -13,10 +13,12 @@ from sglang.srt.runtime_context import get_device, get_parallel
 
 from elastickv import _core
 from elastickv.config import Settings
+from elastickv.engines.sglang.channel import Channel
+from elastickv.engines.sglang.links import Lobby
 from elastickv.errors import EngineRefused
 from elastickv.memory import RankGeometry
 
-__all__ = ["aligned", "expected", "from_first", "gather"]
+__all__ = ["aligned", "channel", "expected", "from_first", "gather"]
 
 _T = TypeVar("_T")
 
@@ -46,6 +48,17 @@ def from_first(mine: _T) -> _T:
     dist.broadcast_object_list(box, src=get_parallel().world_group.ranks[0], group=_group())
     found: _T = box[0]
     return found
+
+
+def channel(rank: int) -> Channel:
+    """What the first rank tells the others through, and the others hear; every rank calls it at the same point."""
+    if _size() == 1:
+        return Channel()
+    if rank != 0:
+        return Lobby.enter(from_first(""))
+    with Lobby() as lobby:
+        from_first(lobby.address)
+        return lobby.wait(_size() - 1)
 
 
 def expected(settings: Settings) -> tuple[int, list[str]]:

@@ -124,6 +124,7 @@ class Session:
             pool = self.cache.pool
             self._asking = Asking(pool)
         self._rows = rows
+        self.channel = ranks.channel(self.rank)
         self._ration = Ration(pool, self.channel, rows.blocks - 1, self._ask)
         return rows.views(tensor, blocks)
 
@@ -197,6 +198,7 @@ class Session:
 
     def close(self) -> None:
         """Leaves the ledger."""
+        self.channel.close()
         if self.cache is not None:
             cache, self.cache = self.cache, None
             cache.close()
