@@ -15,7 +15,7 @@ import uvloop
 from elastickv.errors import AlreadyExists, ElasticKVError, NotFound, Unavailable
 from elastickv.gateway.app import create_app
 from elastickv.gateway.auth import Keys
-from elastickv.gateway.base import ModelView, ReplicaView
+from elastickv.gateway.base import Fleet, ModelView, ReplicaView
 from elastickv.gateway.proxy import Limits
 from elastickv.gateway.server import Server, WireLimits, listen
 from elastickv.gateway.spec import ModelSpec
@@ -159,12 +159,15 @@ class Recorded:
 
 
 class Front:
-    """A gateway at `url`. A context manager. `more`: of create_app."""
+    """A gateway at `url`. A context manager. `real`: its fleet, in place of one that does as a test says; `more`: of
+    create_app."""
 
-    def __init__(self, *, wire: WireLimits | None = None, limits: Limits | None = None, **more: Any) -> None:
+    def __init__(
+        self, *, wire: WireLimits | None = None, limits: Limits | None = None, real: Fleet | None = None, **more: Any
+    ) -> None:
         self.fleet = FakeFleet()
         self.recorded = Recorded()
-        self.app = create_app(self.fleet, self.recorded, limits=limits, drain_s=2, **more)
+        self.app = create_app(real or self.fleet, self.recorded, limits=limits, drain_s=2, **more)
         self.server = Server(self.app, listen("127.0.0.1", 0), wire)
         self.port = self.server.port
         self._thread = threading.Thread(target=lambda: uvloop.run(self.server.serve()), daemon=True)

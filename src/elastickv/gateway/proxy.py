@@ -145,9 +145,9 @@ class Proxy:
             await self._forward(model, request, relay)
             status = relay.status
         except asyncio.CancelledError:
-            if not gone:
-                raise
-            status = CLIENT_GONE
+            if not gone:  # the server ends, and its patience with those that still run is over
+                await relay.give_up("the gateway is ending")
+            status = CLIENT_GONE if gone else relay.status
         except ElasticKVError as error:
             status = refusal_of(error).status
             raise

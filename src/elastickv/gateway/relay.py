@@ -9,6 +9,7 @@ from typing import Final
 import aiohttp
 from starlette.types import Send
 
+from elastickv.errors import Unavailable
 from elastickv.gateway.base import Recorder
 from elastickv.gateway.errors import Refused, error_event
 from elastickv.gateway.upstream import Broken, passed_on
@@ -38,21 +39,28 @@ class Relay:
         self._tokens: int | None = None
         self._events = 0
         self._tail = b""
+        self._streamed = self._begun = False
 
     async def run(self, answer: aiohttp.ClientResponse) -> None:
         """To the answer's end. Broken where the engine failed before anything was passed on."""
         self.status = answer.status
-        streamed = answer.content_type == "text/event-stream"
+        self._streamed = answer.content_type == "text/event-stream"
         head = {
             "type": "http.response.start",
             "status": answer.status,
             "headers": passed_on([(name.lower(), value) for name, value in answer.raw_headers]),
         }
         length = answer.content_length
-        if not streamed and length is not None and length <= HELD_BYTES:
+        if not self._streamed and length is not None and length <= HELD_BYTES:
             await self._whole(answer, head)
         else:
-            await self._parts(answer, head, streamed)
+            await self._parts(answer, head)
+
+    async def give_up(self, reason: str) -> None:
+        """Ends an answer that has begun like one that broke off. Unavailable where none has begun."""
+        if not self._begun:
+            raise Unavailable(f"{reason}; try again in a moment")
+        await self._broke(reason)
 
     def finished(self, status: int) -> None:
         """Tells the recorder."""
@@ -70,47 +78,45 @@ class Relay:
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise Broken(f"the answer broke off: {error}", sent=True) from None
         self._look(body)
+        self._begun = True
         await self._send(head)
         await self._send({"type": "http.response.body", "body": body})
 
-    async def _parts(self, answer: aiohttp.ClientResponse, head: dict[str, object], streamed: bool) -> None:
-        begun = False
+    async def _parts(self, answer: aiohttp.ClientResponse, head: dict[str, object]) -> None:
         try:
             async for chunk in answer.content.iter_any():
-                if not begun:
-                    begun = True
+                if not self._begun:
+                    self._begun = True
                     await self._send(head)
                 await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
-                self._note(chunk, streamed)
+                self._note(chunk)
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            if not begun:
+            if not self._begun:
                 raise Broken(f"the answer broke off: {error}", sent=True) from None
-            await self._broke(streamed, str(error) or type(error).__name__)
+            reason = str(error) or type(error).__name__
+            await self._broke(f"the engine of model {self._model} failed in the midst of the answer: {reason}")
             return
-        if not begun:
+        if not self._begun:
+            self._begun = True
             await self._send(head)
         await self._send({"type": "http.response.body", "body": b""})
 
-    async def _broke(self, streamed: bool, reason: str) -> None:
+    async def _broke(self, reason: str) -> None:
         """Ends a stream with an error event. Where that is not possible the connection is cut: what came looks then as
         incomplete as it is."""
         self.status = ENGINE_FAILED
-        if not streamed or not self._tail.endswith((b"\n\n", b"\r\n\r\n")):
+        if not self._streamed or not self._tail.endswith((b"\n\n", b"\r\n\r\n")):
             return  # the server closes a connection whose answer was not completed
-        refused = Refused(
-            f"the engine of model {self._model} failed in the midst of the answer: {reason}",
-            status=ENGINE_FAILED,
-            code="engine_failed",
-        )
+        refused = Refused(reason, status=ENGINE_FAILED, code="engine_failed")
         await self._send({"type": "http.response.body", "body": error_event(refused)})
 
-    def _note(self, chunk: bytes, streamed: bool) -> None:
+    def _note(self, chunk: bytes) -> None:
         self._last_at = time.monotonic()
-        if streamed and self.first_at is None:
+        if self._streamed and self.first_at is None:
             self.first_at = self._last_at
             if self.status == 200:
                 self._recorder.first_byte(self._model, self._last_at - self._began)
-        if streamed:
+        if self._streamed:
             events = chunk.count(b"data: {")
             self._events += events
             self._recorder.produced(self._model, events)
