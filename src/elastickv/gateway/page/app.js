@@ -138,7 +138,7 @@ function renderTiles({ devices, models, total }) {
     .filter(([, number]) => number)
     .map(([state, number]) => `${number} ${state}`);
   const sum = (name) => models.reduce((all, model) => all + model[name], 0);
-  const where = known.length === 1 ? " on one device" : ` on ${known.length} devices`;
+  const where = known.length === 1 ? "" : ` on ${known.length} devices`;
   const tiles = [
     ["Memory held", size(held), capacity ? `${count((100 * held) / capacity)} % of ${size(capacity)}${where}` : "no device yet"],
     ["Models ready", `${ready} of ${models.length}`, others.join(", ") || "none asleep"],
@@ -203,7 +203,7 @@ function modelRow(name) {
   limit.addEventListener("click", () => askLimit(modelOf(name)?.tenants ?? []));
   return element("tr", {},
     element("th", { scope: "row" }, element("span", { class: `swatch ${lookOf(name)}` }), name, element("span", { class: "sub" })),
-    cell({ class: "condition" }, element("span", { class: "state" }, document.importNode(svg, true), element("span")), element("span", { class: "sub reason" })),
+    cell({ class: "condition" }, element("span", { class: "state" }, document.importNode(svg, true), element("span"), element("span", { class: "age" })), element("span", { class: "sub reason" })),
     cell({ class: "number", "data-label": "Running, waiting" }),
     cell({ class: "number", "data-label": "Tokens/s" }),
     cell({ class: "number", "data-label": "TTFT P50, P99" }),
@@ -229,8 +229,9 @@ function fillRow(row, model) {
   const state = condition.firstChild;
   put(state, "class", `state ${model.state}`);
   put(state.querySelector("path"), "d", SHAPES[model.state] || SHAPES.ready);
-  say(state.lastChild, model.state);
-  say(condition.lastChild, `${model.reason}, for ${duration(seen.latest.now - model.since)}`);
+  say(state.children[1], model.state);
+  say(state.lastChild, `for ${duration(Math.max(0, seen.latest.now - model.since))}`);
+  say(condition.lastChild, model.reason);
   say(load, `${count(model.outstanding)}, ${count(model.queued)}`);
   say(tokens, count(stats.tokens_per_s));
   say(ttft, stats.ttft.count ? `${seconds(stats.ttft.p50)}, ${seconds(stats.ttft.p99)}` : "–");
@@ -242,7 +243,7 @@ function fillRow(row, model) {
   say(act, doing || verb || "…");
   put(act, "aria-label", `${doing || verb || model.state} ${model.name}`);
   put(act, "aria-disabled", String(Boolean(doing) || !verb || !connected()));
-  put(limit, "aria-disabled", String(!model.tenants.length || !connected()));
+  put(limit, "aria-disabled", String(!tenantsOf(model.tenants).length || !connected()));
 }
 
 const verbOf = (state) => ({ ready: "Sleep", asleep: "Wake", stopped: "Start", failed: "Start" })[state];
