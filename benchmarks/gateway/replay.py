@@ -6,10 +6,10 @@ The trace has a line for each request: arrived_at (seconds), model, prompt_token
 by their number of requests and dealt to three: the first 3 to `head`, the next 6 to `middle`, the others to `tail`. Of
 its requests evenly many are left out, time is scaled, answers are cut to a part of their length, prompts are random.
 
-Sides: "with" is one budget for all three, whose models sleep when others need their memory (or are idle, by --sleep);
-"without" are three plain engines that are always up, each with a third of the memory that caches have. The same
-gateway is in front of both. They take turns, since they do not fit on a small machine together. It is the first side
-that runs which pays for a cold page cache: "without" is the first one, when both read the weights anew.
+Sides: "with" is one budget for all three, whose models sleep when others need their memory; the seldom asked `tail`
+does so as soon as it has been idle for --sleep-after. "without" are three plain engines that are always up, each with
+a third of the memory that caches have. The same gateway is in front of both. They run one after the other, since they
+do not fit on a small machine together: run it on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -58,8 +58,7 @@ FULL: Mapping[str, options.Value] = {
     "most_answer": 128,
     "cache_size": "40MiB",
     "weights_size": "736MiB",
-    "sleep": "pressure",
-    "sleep_after": "5s",
+    "sleep_after": "4s",
     "start_deadline": 600.0,
     "deadline": 240.0,
     "seed": 0,
@@ -70,7 +69,6 @@ SMALL: Mapping[str, options.Value] = {
     "seconds": 6.0,
     "cache_size": "4MiB",
     "weights_size": "8MiB",
-    "sleep": "idle",
     "sleep_after": "0.3s",
     "start_deadline": 120.0,
     "deadline": 60.0,
@@ -85,8 +83,7 @@ ABOUT = options.ABOUT | {
     "most_answer": "tokens",
     "cache_size": "memory of caches for each model: all of it for a plain engine",
     "weights_size": "what a model has besides its cache, SmolLM2-135M in float32 731 MiB (docs/vllm.md)",
-    "sleep": "pressure, idle or never",
-    "sleep_after": "for idle",
+    "sleep_after": "how long `tail` is idle before it sleeps",
     "deadline": "seconds for a request",
 }
 MODEL_LEN = 640
@@ -151,7 +148,8 @@ def models_file(side: str, chosen: Any, folder: Path) -> str:
     parts = []
     for number, name in enumerate(MODELS):
         entry = program_entry(side, chosen) if chosen.engine == "program" else vllm_entry(side, chosen, folder, number)
-        entry |= {"sleep": chosen.sleep if side == "with" else "never", "sleep_after": chosen.sleep_after}
+        sleep = "never" if side == "without" else "idle" if name == MODELS[-1] else "pressure"
+        entry |= {"sleep": sleep, "sleep_after": chosen.sleep_after}
         entry |= {"start_deadline": chosen.start_deadline, "queue": 1000, "queue_deadline": chosen.deadline}
         env = entry.pop("env")
         parts.append(f"[models.{name}]")
@@ -167,16 +165,18 @@ def program_entry(side: str, chosen: Any) -> dict[str, Any]:
 
 
 def vllm_entry(side: str, chosen: Any, folder: Path, number: int) -> dict[str, Any]:
-    cache = chosen.cache_size if side == "without" else 2 * len(MODELS) * chosen.cache_size
+    most = 2 * len(MODELS) * chosen.cache_size  # more than all caches have: a model that sleeps leaves room
+    cache = chosen.cache_size if side == "without" else most
     args = [
         *("--dtype", "float32", "--enforce-eager", "--block-size", "32", "--max-model-len", str(MODEL_LEN)),
         *("--max-num-seqs", "16", "--max-num-batched-tokens", "2048", "--kv-cache-memory-bytes", str(cache)),
         *("--gpu-memory-utilization", "0.1", "--skip-tokenizer-init", "--disable-uvicorn-access-log"),
     ]
-    core = str(number % 2)
+    core = str(min(number, 1))  # the first model has a core of its own, on both sides
     env = dict(ENVIRONMENT) | {"VLLM_CPU_OMP_THREADS_BIND": core, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     if side == "with":
-        return {"path": str(folder), "args": args, "env": env | {"ELASTICKV_STATIC": "checkpoint"}}
+        own = {"ELASTICKV_STATIC": "checkpoint", "ELASTICKV_VIRTUAL": str(most)}
+        return {"path": str(folder), "args": args, "env": env | own}
     place = ["--model", str(folder), "--served-model-name", "{name}", "--host", "127.0.0.1", "--port", "{port}"]
     return {"command": [*SERVER, *place, *args], "env": env | {"VLLM_PLUGINS": "", "ELASTICKV": "0"}}
 

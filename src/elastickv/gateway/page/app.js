@@ -118,7 +118,8 @@ function lookOf(name) {
 function render() {
   const { latest, samples, events } = seen;
   const range = Number(byId("range").value);
-  const shown = samples.filter((sample) => sample.t > latest.now - range - 1);
+  const end = samples.at(-1)?.t ?? latest.now;
+  const shown = samples.filter((sample) => sample.t >= end - range);
   for (const model of latest.models) lookOf(model.name);
   say(byId("version"), latest.version);
   renderTiles(latest);
