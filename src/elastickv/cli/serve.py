@@ -101,9 +101,9 @@ def _serve(spec: GatewaySpec, settings: Settings, state: Path, drain_s: float) -
     _configure_logging(settings.log)
     allow_descriptors(spec.max_connections)
     with closing(listen(spec.host, spec.port)) as listening:
-        fleet = EngineFleet(spec, settings, state=state)
-        fleet.url = _url(spec.host, listening.getsockname()[1])
         stats = Stats()
+        fleet = EngineFleet(spec, settings, state=state, on_removed=stats.forget)
+        fleet.url = _url(spec.host, listening.getsockname()[1])
         watching = Watching(settings.directory, fleet.models, stats)
         app = create_app(
             fleet,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -36,9 +36,19 @@ class EngineFleet:
     """See the module and base.Fleet. Taking the state directory is the first thing it does: one gateway for each."""
 
     def __init__(
-        self, spec: GatewaySpec, settings: Settings, *, state: Path | None = None, patience: Patience | None = None
+        self,
+        spec: GatewaySpec,
+        settings: Settings,
+        *,
+        state: Path | None = None,
+        patience: Patience | None = None,
+        on_removed: Callable[[str], None] | None = None,
     ) -> None:
-        """Nothing is started yet. ConfigError, NotFound or AlreadyExists where the models cannot be served so."""
+        """Nothing is started yet. ConfigError, NotFound or AlreadyExists where the models cannot be served so.
+
+        `on_removed` is told the name of a model that has gone.
+        """
+        self._on_removed = on_removed
         self.url = ""
         """Where the gateway listens, for those who look into its state directory."""
         self._models: dict[str, ServedModel] = {}
@@ -89,6 +99,8 @@ class EngineFleet:
         finally:
             self._models.pop(name, None)
             self._changed = True
+            if self._on_removed is not None:
+                self._on_removed(name)
 
     async def sleep(self, name: str) -> None:
         """See base.Fleet."""
@@ -108,6 +120,7 @@ class EngineFleet:
             elif model.spec.start:
                 model.begin_start("the gateway was started")
         self._watching = asyncio.create_task(self._watch(), name="fleet")
+        self._watching.add_done_callback(_say_why)
 
     async def stop(self, drain_s: float) -> None:
         """See base.Fleet. A second call does nothing."""
@@ -214,3 +227,8 @@ class EngineFleet:
 
     def _on_change(self) -> None:
         self._changed = True
+
+
+def _say_why(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        _logger.critical("nobody watches the models any more", exc_info=task.exception())

@@ -331,7 +331,7 @@ class Lifecycle:
             await replica.end()
             await replica.bring_up()
             self._watch(replica)
-        except ElasticKVError as error:
+        except (ElasticKVError, OSError) as error:
             replica.failed_since = time.monotonic()
             _logger.error("%s is lost and could not be started again: %s", replica.name, error)
         finally:

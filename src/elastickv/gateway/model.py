@@ -132,7 +132,7 @@ class ServedModel(Lifecycle):
 
     def begin(self, what: str, reason: str) -> None:
         """A "sleep" or "stop" of the policy's; it looks again whether the model still is idle."""
-        if not (self.outstanding or self.queued) and not self.running():
+        if not (self.outstanding or self.queued or self.running() or self._closing):
             self._begin(self._sleep if what == "sleep" else self._stop, reason)
 
     async def sleep(self, reason: str) -> None:
@@ -161,8 +161,11 @@ class ServedModel(Lifecycle):
         if task is not None and not task.done():
             task.cancel()
             await asyncio.wait({task})
-        for revival in self._revivals.values():
+        revivals = list(self._revivals.values())
+        for revival in revivals:
             revival.cancel()
+        if revivals:
+            await asyncio.wait(revivals)
         if self.state is not State.STOPPED:
             error = await self._through(self._begin(lambda reason: self._stop(reason, drain_s), why), quiet=True)
             if error is not None:

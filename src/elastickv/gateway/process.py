@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +25,8 @@ from elastickv.gateway.keeper import SAYS, STOP_S
 __all__ = ["EngineProcess", "is_kept", "tail"]
 
 LOG_LINES: Final = 12
+_KEEPER_S: Final = 60.0
+"""A Python that starts, on a machine that is busy."""
 _LINE: Final = 300
 _READ: Final = 64 * 1024
 LOG_MOST: Final = 64 * 1024 * 1024
@@ -62,16 +65,12 @@ class EngineProcess:
             )
         finally:
             os.close(output)
-        for _ in range(600):
-            pids = _pids(place)
-            if pids is not None and pids[0] == child.pid:
-                return cls(child.pid, pids[1], log, child)
-            if child.poll() is not None:
-                raise AccessDenied(f"the engine could not be started: {' '.join(tail(log, 2))}", lines=tail(log))
-            await asyncio.sleep(0.05)
-        child.kill()
-        child.wait()
-        raise DeadlineExceeded(f"waited 30 s for the keeper of an engine; its log {log} ends: {' '.join(tail(log, 2))}")
+        try:
+            return cls(child.pid, await _started(child, place, log), log, child)
+        except BaseException:  # whatever it was, cancelling too, goes on to the caller; nothing may run unknown
+            child.kill()  # the engine goes with its keeper
+            child.wait()
+            raise
 
     @classmethod
     def adopt(cls, place: Path, log: Path) -> EngineProcess | None:
@@ -147,6 +146,21 @@ class EngineProcess:
         with suppress(FileNotFoundError):
             if self.log.stat().st_size > LOG_MOST:
                 _rotate(self.log, keep=True)
+
+
+async def _started(child: subprocess.Popen[bytes], place: Path, log: Path) -> int:
+    """The engine's process id, once the keeper has written it."""
+    until = time.monotonic() + _KEEPER_S
+    while time.monotonic() < until:
+        pids = _pids(place)
+        if pids is not None and pids[0] == child.pid:
+            return pids[1]
+        if child.poll() is not None:
+            raise AccessDenied(f"the engine could not be started: {' '.join(tail(log, 2))}", lines=tail(log))
+        await asyncio.sleep(0.05)
+    raise DeadlineExceeded(
+        f"waited {_KEEPER_S:.0f} s for the keeper of an engine; its log {log} ends: {' '.join(tail(log, 2))}"
+    )
 
 
 def is_kept(place: Path) -> bool:
