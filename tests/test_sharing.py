@@ -25,7 +25,7 @@ BLOCK = 64 * 1024
 def fairness(folder: Path, *options: str) -> dict[str, Any]:
     """The figures of the benchmark, on a small scale."""
     script = ROOT / "benchmarks/sharing/fairness.py"
-    command = [sys.executable, str(script), "--rounds", "300", "--output", str(folder), *options]
+    command = [sys.executable, str(script), "--rounds", "300", "--visits", "4", "--output", str(folder), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=process_environment(), check=False)
     assert done.returncode in (0, 1), done.stderr
     figures: dict[str, Any] = json.loads((folder / "fairness.json").read_text(encoding="utf-8"))["samples"]
@@ -35,7 +35,7 @@ def fairness(folder: Path, *options: str) -> dict[str, Any]:
 def check_fair(figures: dict[str, Any]) -> None:
     assert figures["jain"] >= 0.98
     assert all(abs(tenant["of its share"] - 1) <= 0.05 for tenant in figures["tenants"].values())
-    assert figures["floor"]["given"]["give-back rounds"] <= 2
+    assert min(floor["given"]["give-back rounds"] for floor in figures["floors"]) <= 1.25
     assert figures["held of the budget"] > 0.9
     for name, tenant in figures["tenants"].items():
         assert tenant["requests"] > 100, name

@@ -7,13 +7,14 @@ neighbours ask, free the requests that have ended (half of them stay as cached p
 "none now". The budget is a quarter of what they would take together. From two seconds after the last one began, what
 each holds is read off the ledger every 5 ms; the means are compared with the weights.
 
-Then the first tenant leaves and comes back with a floor of a quarter of the budget, while the others hold everything:
-counted are the rounds of give-back, each as long as the longest request runs, until the others have given what its
-floor needs, and until it has taken it all.
+Then the first tenant leaves and comes back, --visits times, with a floor of a quarter of the budget, while the others
+hold everything: counted are the rounds of give-back, each as long as the longest request runs, until the others have
+given what its floor needs, and until it has taken it all.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import random
 import select
@@ -35,6 +36,8 @@ LIVES = (8, 40)
 """Steps that a request runs."""
 STEP_S = 0.001
 SETTLE_S = 2.0
+GIVEN_ROUNDS = 1.25
+"""A round, and ten steps besides: two that send the order and see it done, the rest for steps that come late."""
 
 
 class Worker:
@@ -127,6 +130,11 @@ def sample(ledger: _core.Ledger, names: list[str], seconds: float) -> dict[str, 
 
 def reach_floor(ledger: _core.Ledger, directory: str, arguments: list[str], floor: int, others: Any) -> dict[str, Any]:
     """A tenant comes with a floor that the others hold: how long until it has it, and how many rounds of theirs."""
+    until = time.monotonic() + common.DEADLINE_S
+    while (view := ledger.view())["capacity"] - sum(tenant["leased"] for tenant in view["tenants"]) > floor / 8:
+        if time.monotonic() > until:
+            raise RuntimeError(f"the others did not take all there is: {view}")
+        time.sleep(0.01)
     with common.neighbour(__file__, "--work", directory, "late", *arguments, "1", str(floor)) as late:
         late.say("report")  # it has joined, and holds block 0
         before = [other.say("report")["rounds"] for other in others]
@@ -151,7 +159,8 @@ def reach_floor(ledger: _core.Ledger, directory: str, arguments: list[str], floo
     return {"floor": floor, **moments}
 
 
-def measure(weights: list[int], seconds: float, rounds: int, capacity: int, extent: int) -> dict[str, Any]:
+def measure(weights: list[int], chosen: argparse.Namespace) -> dict[str, Any]:
+    seconds, rounds, capacity, extent = chosen.seconds, chosen.rounds, chosen.capacity, chosen.extent
     names = [f"t{i}-weight-{weight}" for i, weight in enumerate(weights)]
     with tempfile.TemporaryDirectory(prefix="elastickv-benchmark-") as place, ExitStack() as stack:
         directory = f"{place}/ledgers"
@@ -169,7 +178,8 @@ def measure(weights: list[int], seconds: float, rounds: int, capacity: int, exte
             time.sleep(0.2)
         reports = {name: worker.say("report") for name, worker in workers.items()}
         workers[names[0]].say("leave")
-        floor = reach_floor(ledger, directory, shape, capacity // 4, [workers[name] for name in names[1:]])
+        others = [workers[name] for name in names[1:]]
+        floors = [reach_floor(ledger, directory, shape, capacity // 4, others) for _ in range(chosen.visits)]
     parts = [held[name] / weight for name, weight in zip(names, weights, strict=True)]
     share = sum(held.values()) / sum(weights)
     tenants = {
@@ -177,7 +187,7 @@ def measure(weights: list[int], seconds: float, rounds: int, capacity: int, exte
         for name, weight, part in zip(names, weights, parts, strict=True)
     }
     used = sum(held.values()) / capacity
-    return {"jain": round(jain(parts), 5), "held of the budget": round(used, 4), "tenants": tenants, "floor": floor}
+    return {"jain": round(jain(parts), 5), "held of the budget": round(used, 4), "tenants": tenants, "floors": floors}
 
 
 def main() -> int:
@@ -190,19 +200,22 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=30.0, help="of sampling, after the first two (30)")
     parser.add_argument("--rounds", type=int, default=10_000, help="that each tenant makes at least (10000)")
     parser.add_argument("--weights", default="1,1,2,4")
+    parser.add_argument("--visits", type=int, default=10, help="of the tenant with a floor (10)")
     parser.add_argument("--capacity", type=int, default=96 * common.MIB, help="bytes")
     parser.add_argument("--extent", type=int, default=1, help="most pages of an extent (1)")
     parser.add_argument("--name", default="fairness", help="of the result file")
     chosen = parser.parse_args()
     os.environ.pop("ELASTICKV_CONFIG", None)
     weights = [int(weight) for weight in chosen.weights.split(",")]
-    figures = measure(weights, chosen.seconds, chosen.rounds, chosen.capacity, chosen.extent)
+    figures = measure(weights, chosen)
     tenants = figures["tenants"].values()
+    given = [floor["given"]["give-back rounds"] for floor in figures["floors"]]
     targets = {
         "Jain index of held / weight": (figures["jain"], "least", 0.98),
         "largest distance from the share": (max(abs(t["of its share"] - 1) for t in tenants), "most", 0.05),
         "seconds without a new request": (max(t["most seconds without a new request"] for t in tenants), "most", 2.0),
-        "give-back rounds until the floor": (figures["floor"]["given"]["give-back rounds"], "most", 1.25),
+        "give-back rounds until the floor is given, median": (statistics.median(given), "most", 1.0),
+        "the same, the slowest": (max(given), "most", GIVEN_ROUNDS),
     }
     for name, tenant in figures["tenants"].items():
         print(name, tenant)

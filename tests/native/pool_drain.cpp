@@ -119,6 +119,26 @@ TEST("pool: withheld blocks come back when nobody waits any more") {
     CHECK_OK(engine.world.pool->check_integrity());
 }
 
+TEST("pool: what a drained extent caches is not taken for another request, may be hit again, and is dropped next") {
+    Engine engine(busy(), 547);
+    Pool &pool = *engine.world.pool;
+    engine.world.tenant->set_asked({0, 0, 0, 8 * engine.world.page_cost});
+    engine.step(0);
+    const auto high = *std::max_element(engine.used.begin(), engine.used.end());
+    const std::vector<std::uint32_t> ended{high};
+    CHECK_OK(pool.release(ended, true));
+    CHECK_EQ(pool.stats().cached, 1U);
+    CHECK_EQ(pool.available(), 0U);
+    CHECK(engine.world.alloc(1).empty());
+    CHECK_OK(pool.check_integrity());
+    CHECK_OK(pool.touch(high));
+    CHECK_OK(pool.release(ended, true));
+    CHECK_EQ(pool.maintain(false), ended);
+    CHECK_EQ(pool.stats().cached, 0U);
+    CHECK_EQ(pool.stats().withheld, 1U);
+    CHECK_OK(pool.check_integrity());
+}
+
 TEST("pool: what a drained extent caches is dropped and told, and a lowered limit is reached in use") {
     Engine engine(busy(), 512);
     const std::uint64_t pages = engine.pages() - 24;

@@ -2,8 +2,8 @@
 //
 // An extent can go only when nothing on it is used, and a busy engine reuses every block that becomes free, so a large
 // extent might never be empty. While pages in use are asked back, as they become free, some extents are therefore
-// *drained*: their free blocks are withheld from the engine, until nothing on them is used and they go, or until
-// nothing has been asked for a while. No request is stopped for it.
+// *drained*: their free and cached blocks are withheld from the engine, until nothing on them is used and they go, or
+// until nothing has been asked for a while. No request is stopped for it.
 
 #include <algorithm>
 
@@ -28,7 +28,7 @@ bool Pool::on_draining(std::uint32_t block) const noexcept {
     return false;
 }
 
-// Sorts the free blocks of an extent anew into those that are handed out and those that are withheld.
+// Sorts the free and cached blocks of an extent anew into those that are handed out and those that are not.
 void Pool::set_draining(std::uint32_t head, bool draining) noexcept {
     if (!(draining ? draining_.insert(head) : draining_.erase(head))) return;
     const std::uint32_t pages = extents_[head].pages;
@@ -37,6 +37,8 @@ void Pool::set_draining(std::uint32_t head, bool draining) noexcept {
     for (std::uint32_t block = first_block(head); block <= last_block(head + pages - 1); ++block)
         if (state_[block] == BlockState::free || state_[block] == BlockState::withheld)
             set_state(block, BlockState::free);
+        else if (is_cached(block))
+            set_state(block, BlockState::cached);
 }
 
 // Has enough pages for `pages` on their way to being empty: the highest extents first, and first those less than half

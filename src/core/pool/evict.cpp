@@ -66,7 +66,7 @@ std::uint32_t Pool::next_to_empty(std::uint64_t keep) const noexcept {
 void Pool::empty_extent(std::uint32_t head, std::vector<std::uint32_t> &evicted) {
     const std::uint32_t last = last_block(head + extents_[head].pages - 1);
     for (std::uint32_t block = first_block(head); block <= last; ++block) {
-        if (state_[block] != BlockState::cached) continue;
+        if (!is_cached(block)) continue;
         set_state(block, BlockState::free);
         evicted.push_back(block);
     }

@@ -12,7 +12,7 @@ Status broken(const std::string &text) { return {Code::integrity, "integrity: " 
 }  // namespace
 
 Status Pool::check_blocks() const {
-    std::uint32_t free = 0, used = 0, cached = 0, withheld = 0, coming = 0;
+    std::uint32_t free = 0, used = 0, cached = 0, withheld = 0, doomed = 0, coming = 0;
     for (std::uint32_t block = 0; block < options_.num_blocks; ++block) {
         std::uint32_t missing = 0, unready = 0;
         for (std::uint32_t page = first_page(block); page <= last_page(block); ++page) {
@@ -27,7 +27,8 @@ Status Pool::check_blocks() const {
         const BlockState state = state_[block];
         if ((state == BlockState::absent) != (unready != 0)) return broken(name + " is handed out without its pages");
         const bool is_free = state == BlockState::free || state == BlockState::withheld;
-        if (is_free && on_draining(block) != (state == BlockState::withheld))
+        const bool held_back = state == BlockState::withheld || state == BlockState::doomed;
+        if ((is_free || is_cached(block)) && on_draining(block) != held_back)
             return broken(name + " and the extents that are drained");
         if (free_blocks_.contains(block) != (state == BlockState::free)) return broken(name + " and the free set");
         if (lru_.contains(block) != (state == BlockState::cached)) return broken(name + " and the cached list");
@@ -37,9 +38,11 @@ Status Pool::check_blocks() const {
         used += state == BlockState::used ? 1 : 0;
         cached += state == BlockState::cached ? 1 : 0;
         withheld += state == BlockState::withheld ? 1 : 0;
+        doomed += state == BlockState::doomed ? 1 : 0;
     }
     if (coming != coming_) return broken("blocks on their way: " + std::to_string(coming_));
-    if (free != free_blocks_.count() || cached != lru_.count() || used != used_blocks_.load() || withheld != withheld_)
+    if (free != free_blocks_.count() || cached != lru_.count() || used != used_blocks_.load() ||
+        withheld != withheld_ || doomed != doomed_)
         return broken("block counts");
     if (available_.load() != free + cached)
         return broken("available is " + std::to_string(available_.load()) + ", free + cached is " +
@@ -56,7 +59,7 @@ Status Pool::check_extents() const {
         const auto first = static_cast<std::uint32_t>(head);
         for (std::uint32_t block = first_block(first); block <= last_block(first + extent.pages - 1); ++block) {
             used += state_[block] == BlockState::used ? 1 : 0;
-            cached += state_[block] == BlockState::cached ? 1 : 0;
+            cached += is_cached(block) ? 1 : 0;
         }
         if (used != extent.used || cached != extent.cached)
             return broken("the extent at page " + std::to_string(head) + " counts its blocks wrongly");
@@ -112,7 +115,7 @@ PoolStats Pool::stats() {
     out.num_blocks = options_.num_blocks;
     out.free = static_cast<std::uint32_t>(free_blocks_.count());
     out.used = used_blocks_.load();
-    out.cached = lru_.count();
+    out.cached = lru_.count() + doomed_;
     out.withheld = withheld_;
     out.coming = coming_;
     out.pages = usage_;

@@ -121,9 +121,11 @@ void Pool::count_on_extents(std::uint32_t block, BlockState state, int delta) no
     }
 }
 
-// Moves a block between free, used and cached. Its pages are mapped. What is free on a draining extent is withheld.
+// Moves a block between free, used and cached. Its pages are mapped. On a draining extent what is free is withheld, and
+// what is cached is doomed: taken for the next request it would keep the extent for as long as that runs.
 void Pool::set_state(std::uint32_t block, BlockState to) noexcept {
-    if (to == BlockState::free && on_draining(block)) to = BlockState::withheld;
+    if ((to == BlockState::free || to == BlockState::cached) && on_draining(block))
+        to = to == BlockState::free ? BlockState::withheld : BlockState::doomed;
     const BlockState from = state_[block];
     if (from == to) return;
     state_[block] = to;
@@ -136,8 +138,11 @@ void Pool::set_state(std::uint32_t block, BlockState to) noexcept {
     else if (to == BlockState::cached)
         lru_.push_newest(block);
     // The new count goes first, so that a page that stays in use never looks free in between.
-    if (to == BlockState::used || to == BlockState::cached) count_on_extents(block, to, +1);
-    if (from == BlockState::used || from == BlockState::cached) count_on_extents(block, from, -1);
+    const auto counts = [](BlockState state) {
+        return state == BlockState::used || state == BlockState::cached || state == BlockState::doomed;
+    };
+    if (counts(to)) count_on_extents(block, to, +1);
+    if (counts(from)) count_on_extents(block, from, -1);
     count_block(from, ~std::uint32_t{0});
     count_block(to, 1);
 }
@@ -147,6 +152,8 @@ void Pool::count_block(BlockState state, std::uint32_t delta) noexcept {
         used_blocks_.fetch_add(delta, std::memory_order_relaxed);
     else if (state == BlockState::withheld)
         withheld_ += delta;
+    else if (state == BlockState::doomed)
+        doomed_ += delta;
     else
         available_.fetch_add(delta, std::memory_order_relaxed);
 }
@@ -228,7 +235,7 @@ Status Pool::release(std::span<const std::uint32_t> ids, bool cached) {
 Status Pool::touch(std::uint32_t id) {
     if (origin_.elsewhere()) return not_ours();
     const std::scoped_lock lock(mutex_);
-    if (id >= options_.num_blocks || state_[id] != BlockState::cached)
+    if (id >= options_.num_blocks || !is_cached(id))
         return {Code::invalid, "block " + std::to_string(id) + " was touched but is not cached"};
     set_state(id, BlockState::used);
     mark_active();
@@ -243,7 +250,7 @@ Status Pool::uncache(std::span<const std::uint32_t> ids) {
         if (id >= options_.num_blocks)
             return {Code::invalid,
                     "there is no block " + std::to_string(id) + " in a pool of " + std::to_string(options_.num_blocks)};
-        if (state_[id] == BlockState::cached) set_state(id, BlockState::free);
+        if (is_cached(id)) set_state(id, BlockState::free);
     }
     publish();
     return {};

@@ -37,8 +37,9 @@ struct PoolOptions {
     std::uint64_t cache_limit_pages = kNever;   // most pages that hold cached blocks alone, after maintain()
 };
 
-// withheld: free, and not handed out, for its extent is being drained.
-enum class BlockState : std::uint8_t { absent = 0, free = 1, used = 2, cached = 3, withheld = 4 };
+// Where the extent is being drained, withheld is free and not handed out, and doomed is cached and not taken for other
+// contents: the next maintain() drops it.
+enum class BlockState : std::uint8_t { absent = 0, free = 1, used = 2, cached = 3, withheld = 4, doomed = 5 };
 
 // Why cached blocks were dropped; see Counters.
 enum class Evicted : std::uint8_t { need = 0, neighbour = 1, limit = 2, idle = 3, budget = 4 };
@@ -156,6 +157,9 @@ class Pool {
 
     // block states (pool.cpp)
     void set_state(std::uint32_t block, BlockState to) noexcept;
+    bool is_cached(std::uint32_t block) const noexcept {
+        return state_[block] == BlockState::cached || state_[block] == BlockState::doomed;
+    }
     void count_block(BlockState state, std::uint32_t delta) noexcept;
     void count_on_extents(std::uint32_t block, BlockState state, int delta) noexcept;
     void publish() noexcept;
@@ -246,7 +250,7 @@ class Pool {
     Lru evictable_;                       // heads of extents with cached blocks and no used ones, by thinness
     std::vector<std::uint32_t> transit_;  // heads whose order is not answered yet
     std::uint32_t answers_seen_ = 0;
-    std::uint32_t withheld_ = 0;
+    std::uint32_t withheld_ = 0, doomed_ = 0;
     std::uint32_t coming_ = 0;      // blocks whose pages are all mapped or ordered, not all mapped
     std::uint64_t held_pages_ = 0;  // mapping or mapped
     std::uint64_t draining_pages_ = 0;
