@@ -8,11 +8,13 @@ import os
 import signal
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from elastickv.engines import adapter
 from elastickv.errors import AlreadyExists, ConfigError, DeadlineExceeded, InvalidArgument, NotFound, Unavailable
 from elastickv.gateway.asleep import held_rows
 from elastickv.gateway.fleet import EngineFleet
@@ -245,6 +247,29 @@ def test_waking_without_memory_rolls_back_with_a_clear_answer(directory: Path) -
             await fleet.sleep("b")
             await fleet.wake("a")
             assert (a.state, b.state) == (State.READY, State.ASLEEP)
+
+    run(go)
+
+
+def test_an_engine_that_does_not_say_whether_it_sleeps_is_remembered(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vllm = adapter("vllm")
+    monkeypatch.setattr(vllm, "server", replace(vllm.server, asleep=""))
+
+    async def go() -> None:
+        async with fleet_of(directory, program("a"), grace=60.0) as fleet:
+            model = fleet.model("a")
+            (replica,) = await model.ready_replicas(deadline())
+            pid = pid_of(model)
+            await fleet.sleep("a")
+            await tell(replica.url, wake_fails=True)
+            with pytest.raises(Unavailable, match="no memory to wake it now"):
+                await fleet.wake("a")
+            assert model.state is State.ASLEEP
+            await tell(replica.url, wake_fails=False)
+            await fleet.wake("a")
+            assert (model.state, pid_of(model)) == (State.READY, pid)
 
     run(go)
 

@@ -185,9 +185,9 @@ class Engine:
                     f"the engine {self.name} did not start: {process.ended.result()}; it said: {' | '.join(last)}",
                     lines=tail(process.log),
                 )
+            if may_sleep and await self.is_asleep():
+                return  # and is not asked for its health, which some answer by generating a token
             if await self.healthy():
-                if may_sleep and await self.is_asleep():
-                    return
                 self._served()
                 return
             if time.monotonic() >= until:
@@ -232,9 +232,11 @@ class Engine:
         return bool(answer.status_code == 200)
 
     async def is_asleep(self) -> bool:
-        """Whether it says that it sleeps; False where it does not say."""
-        if not self._server.asleep or self.elsewhere:
+        """Whether it says that it sleeps; where its server does not say, whether it was put to sleep and not woken."""
+        if self.elsewhere:
             return False
+        if not self._server.asleep:
+            return self._record is not None and self._record.asleep
         try:
             answer = await self._around.client.get(f"{self.url}{self._server.asleep}", timeout=_PROBE_S)
             return answer.status_code == 200 and bool(answer.json().get("is_sleeping"))
@@ -250,7 +252,7 @@ class Engine:
     async def wake(self, within: float) -> None:
         """Unavailable where it sleeps on, for want of memory; DeadlineExceeded; EngineRefused where it has broken."""
         await self._order(self._server.wake, within, "wake up")
-        if await self.is_asleep():
+        if self._server.asleep and await self.is_asleep():
             raise Unavailable(f"the engine {self.name} was told to wake up and sleeps on")
         if not await self.healthy():
             raise EngineRefused(f"the engine {self.name} woke up and does not answer")
