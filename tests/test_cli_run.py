@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
 
+from elastickv.config import VARIABLES
 from support import Outcome
 
 Cli = Callable[..., Outcome]
@@ -43,6 +46,32 @@ def test_no_command(cli: Cli) -> None:
 def test_options_are_checked_before_anything_starts(cli: Cli, tmp_path: Path, options: list[str], text: str) -> None:
     touched = tmp_path / "touched"
     assert cli("run", *options, "--", "touch", touched) == Outcome(2, "", f"error: {text}\n")
+    assert not touched.exists()
+
+
+def test_every_setting_is_an_option_and_stands_in_the_docs() -> None:
+    """All but the one that run itself decides: whether the engine is managed."""
+    from elastickv.cli import app
+
+    parameters = typer.main.get_group(app).commands["run"].params
+    taken = {parameter.name: parameter.opts for parameter in parameters if parameter.param_type_name == "option"}
+    taken.pop("help", None)
+    assert taken == {one.field: [one.option] for one in VARIABLES if one.field != "enabled"}
+    synopsis = Path(__file__).parent.parent.joinpath("docs/cli.md").read_text(encoding="utf-8")
+    synopsis = synopsis.partition("\n## run\n")[2].partition("-- COMMAND")[0]
+    assert sorted(re.findall(r"--[a-z-]+", synopsis)) == sorted(options[0] for options in taken.values())
+
+
+def test_the_other_options_reach_the_settings(cli: Cli, tmp_path: Path) -> None:
+    touched = tmp_path / "touched"
+    for option, value, text in (
+        ("--static", "most", "--static: 'most' is not a size"),
+        ("--headroom", "none", "--headroom: 'none' is not a size"),
+        ("--start-wait", "long", "--start-wait: 'long' is not a time"),
+    ):
+        outcome = cli("run", option, value, "--", "touch", touched)
+        assert (outcome.code, outcome.out) == (2, "")
+        assert text in outcome.err
     assert not touched.exists()
 
 

@@ -18,7 +18,7 @@ from importlib import import_module
 from elastickv.engines.vllm import register, seams
 from elastickv.errors import EngineRefused
 def identities():
-    return {f"{s.module}.{s.name}": id(seams.find(s)) for s in seams.SEAMS}
+    return {f"{s.module}.{s.name}": id(seams.find(s)) for s in seams.here()}
 def names():
     from vllm.v1.worker.gpu_worker import Worker
     return sorted(n for n in vars(Worker) if "elastickv" in n)

@@ -16,6 +16,7 @@ __all__ = [
     "Directory",
     "Floor",
     "GiveBackWait",
+    "Headroom",
     "HoldWindows",
     "IdleRelease",
     "Json",
@@ -25,7 +26,10 @@ __all__ = [
     "Name",
     "Page",
     "Priority",
+    "SleepDir",
+    "StartWait",
     "State",
+    "Static",
     "Stock",
     "Virtual",
     "Weight",
@@ -41,6 +45,9 @@ _METAVARS: Final = {
     "cache_release": "SECONDS",
     "give_back_wait": "MS",
     "hold_windows": "auto|always",
+    "static": "auto|checkpoint|none|SIZE",
+    "start_wait": "SECONDS",
+    "sleep_dir": "PATH",
     "log": "LEVEL",
 }
 
@@ -54,6 +61,9 @@ def _setting(field: str) -> Any:
 Directory = Annotated[str | None, _setting("directory")]
 Device = Annotated[str | None, _setting("device")]
 Capacity = Annotated[str | None, _setting("capacity")]
+Headroom = Annotated[str | None, _setting("headroom")]
+Static = Annotated[str | None, _setting("static")]
+StartWait = Annotated[str | None, _setting("start_wait")]
 Name = Annotated[str | None, _setting("name")]
 Floor = Annotated[str | None, _setting("floor")]
 Limit = Annotated[str | None, _setting("limit")]
@@ -68,6 +78,7 @@ CacheLimit = Annotated[str | None, _setting("cache_limit")]
 GiveBackWait = Annotated[str | None, _setting("give_back_wait")]
 Stock = Annotated[str | None, _setting("stock")]
 HoldWindows = Annotated[str | None, _setting("hold_windows")]
+SleepDir = Annotated[str | None, _setting("sleep_dir")]
 Log = Annotated[str | None, _setting("log")]
 State = Annotated[
     str | None,

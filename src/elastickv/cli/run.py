@@ -20,6 +20,7 @@ EXAMPLE = "elastickv run --name chat --floor 8GiB -- vllm serve MODEL"
 
 
 def run(
+    context: typer.Context,
     command: Annotated[list[str] | None, typer.Argument(metavar="[--] COMMAND", show_default=False)] = None,
     name: opt.Name = None,
     floor: opt.Floor = None,
@@ -28,6 +29,9 @@ def run(
     priority: opt.Priority = None,
     device: opt.Device = None,
     capacity: opt.Capacity = None,
+    headroom: opt.Headroom = None,
+    static: opt.Static = None,
+    start_wait: opt.StartWait = None,
     directory: opt.Directory = None,
     virtual: opt.Virtual = None,
     page: opt.Page = None,
@@ -38,34 +42,15 @@ def run(
     give_back_wait: opt.GiveBackWait = None,
     stock: opt.Stock = None,
     hold_windows: opt.HoldWindows = None,
+    sleep_dir: opt.SleepDir = None,
     log: opt.Log = None,
 ) -> None:
     """Start an engine managed: everything after -- is the command, and it replaces this process.
 
     Every option is checked before anything starts. The engine then serves managed or refuses to start and says why.
     """
-    options = {
-        "enabled": "1",
-        "name": name,
-        "floor": floor,
-        "limit": limit,
-        "weight": weight,
-        "priority": priority,
-        "device": device,
-        "capacity": capacity,
-        "directory": directory,
-        "virtual": virtual,
-        "page": page,
-        "max_extent": max_extent,
-        "idle_release": idle_release,
-        "cache_release": cache_release,
-        "cache_limit": cache_limit,
-        "give_back_wait": give_back_wait,
-        "stock": stock,
-        "hold_windows": hold_windows,
-        "log": log,
-    }
-    settings = Settings.load(options=options)
+    options = {name: value for name, value in context.params.items() if name != "command"}
+    settings = Settings.load(options={"enabled": "1", **options})
     if not command:
         raise InvalidArgument(f"run: no command; write it after --, as in: {EXAMPLE}")
     _replace_process(command, managed_environment(settings))

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Final
 
-from vllm.platforms import current_platform
-
 from elastickv.engines import seams
 from elastickv.engines.seams import Seam, find, wrap
 
-__all__ = ["SEAMS", "Seam", "check", "find", "wrap"]
+__all__ = ["SEAMS", "Seam", "check", "find", "here", "wrap"]
 
 _CORE: Final = "vllm.v1.engine.core"
 _EXECUTOR: Final = "vllm.v1.executor.abstract"
@@ -90,10 +88,16 @@ SEAMS: Final = (
     Seam(_POOL, "BlockPool._maybe_evict_cached_block", ("self", "block")),
     Seam(_POOL, "BlockPool._remove_cached_block_hashes", ("self", "block")),
     Seam(_POOL, "BlockPool._notify_reuse", ("self", "blocks")),
-    *(_ON_CPU if current_platform.is_cpu() else ()),
 )
+
+
+def here() -> tuple[Seam, ...]:
+    """Those of the platform that vLLM has chosen."""
+    from vllm.platforms import current_platform
+
+    return (*SEAMS, *_ON_CPU) if current_platform.is_cpu() else SEAMS
 
 
 def check(version: str) -> None:
     """Refuses with every seam that is not as expected. `version` is only for the text."""
-    seams.check(f"vLLM {version}", SEAMS)
+    seams.check(f"vLLM {version}", here())
