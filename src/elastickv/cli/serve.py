@@ -135,6 +135,8 @@ async def _until_told(server: Server, fleet: EngineFleet, drain_s: float) -> Non
         await server.serve()
     finally:
         await fleet.stop(0.0)  # nothing is left to do, unless there was no time for it
+        if server.force_exit:
+            await server.lifespan.shutdown()
 
 
 def _configure_logging(level: str) -> None:

@@ -141,7 +141,7 @@ class Fleet(Protocol):
         ...
 
     async def stop(self, drain_s: float) -> None:
-        """Admits no more, waits up to `drain_s` for what runs, ends all engines."""
+        """Admits no more, waits up to `drain_s` for what runs, ends all engines; 0: kills them."""
         ...
 
 

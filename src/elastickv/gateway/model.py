@@ -154,7 +154,7 @@ class ServedModel(Lifecycle):
             await self._through(self._begin(self._wake_or_start, reason))
 
     async def close(self, why: str, drain_s: float) -> None:
-        """Admits no more, drains, ends its engines. `why`, as in "being removed"."""
+        """Admits no more, drains, ends its engines, at once if there is no time. `why`: as in "being removed"."""
         self._closing = why
         self._notify()
         task = self._task
@@ -166,6 +166,8 @@ class ServedModel(Lifecycle):
             revival.cancel()
         if revivals:
             await asyncio.wait(revivals)
+        if drain_s <= 0:
+            await asyncio.gather(*(replica.kill() for replica in self.replicas))
         if self.state is not State.STOPPED:
             error = await self._through(self._begin(lambda reason: self._stop(reason, drain_s), why), quiet=True)
             if error is not None:
