@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
@@ -93,6 +94,20 @@ def test_everything_is_shown_at_every_width_in_every_light(
         ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (sum(map(int, re.findall(r"\d+", ground)[:3])) < 200) == (scheme == "dark"), ground
         assert screenshot(page, tmp_path, f"{width}-{scheme}").stat().st_size > 10_000
+
+
+def test_no_width_scrolls_sideways(chromium: Any, directory: Path, tenant: Tenant, fleet: ShownFleet) -> None:
+    fleet.views["mail"] = replace(fleet.views["mail"], reason="/a/very/long/path" * 20)
+    with (
+        tenant("chat", blocks=10, cached=20),
+        tenant("a-notebook-with-a-rather-long-name", blocks=5),
+        page_server(directory, fleet, some_requests()) as (url, _),
+        visit(chromium, url) as seen,
+    ):
+        expect(seen.page.locator("#models tr")).to_have_count(3)
+        for width in (1920, 1100, 1060, 940, 880, 700, 600, 390, 320):
+            seen.page.set_viewport_size({"width": width, "height": 800})
+            assert seen.page.evaluate("document.documentElement.scrollWidth <= innerWidth"), width
 
 
 def focus_by_tab(page: Any, selector: str) -> None:

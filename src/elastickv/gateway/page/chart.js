@@ -1,6 +1,6 @@
 // A chart of what changed over time, as SVG: stacked areas or lines, and a cursor for the pointer and the arrow keys.
 
-import { clock, element } from "./format.js";
+import { clock, element, put } from "./format.js";
 
 const NAMESPACE = "http://www.w3.org/2000/svg";
 const LEFT = 58;
@@ -48,7 +48,9 @@ export class Chart {
   draw(data) {
     this.data = data;
     if (this.pointer !== null) this.time = this.nearest(this.pointer);
+    this.quiet = document.activeElement === this.node; // no new text every second for who listens to it
     this.paint();
+    this.quiet = false;
   }
 
   get index() {
@@ -144,12 +146,13 @@ export class Chart {
   }
 
   tell(at) {
+    this.moved(at);
+    if (this.quiet) return;
     const last = this.data.times.length - 1;
-    this.node.setAttribute("aria-valuemin", "0");
-    this.node.setAttribute("aria-valuemax", String(Math.max(0, last)));
-    this.node.setAttribute("aria-valuenow", String(Math.max(0, at ?? last)));
-    this.node.setAttribute("aria-valuetext", last < 0 ? "nothing yet" : this.describe(at ?? last));
-    if (this.moved) this.moved(at);
+    put(this.node, "aria-valuemin", "0");
+    put(this.node, "aria-valuemax", String(Math.max(0, last)));
+    put(this.node, "aria-valuenow", String(Math.max(0, at ?? last)));
+    put(this.node, "aria-valuetext", last < 0 ? "nothing yet" : this.describe(at ?? last));
   }
 }
 
