@@ -166,6 +166,8 @@ class Ration:
         factor = 1
         for round_ in range(_ROUNDS):
             last = round_ == _ROUNDS - 1 or self._cached() == 0
+            # The rank that decides sorts its list to read it. The others must, too, or they hand out other blocks.
+            self._allocator.merge_and_sort_free()
             left = self._decide("left", lambda pool, last=last: self._left(pool, idle, last), Left)  # type: ignore[misc]
             self._shrink(left)
             if last or left.evict == 0:
