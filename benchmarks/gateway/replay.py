@@ -1,6 +1,6 @@
 """A trace of 27 models, folded onto three behind one `elastickv serve`: in shared memory, and in a static split of it.
 
-    python benchmarks/gateway/replay.py --trace TRACE.csv [--requests 100] [--seconds 75] [--small]
+    python benchmarks/gateway/replay.py --trace TRACE.csv [--requests 140] [--seconds 75] [--small]
 
 The trace has a line for each request: arrived_at (seconds), model, prompt_tokens, output_tokens. Its models are ordered
 by their number of requests and dealt to three: the first 3 to `head`, the next 6 to `middle`, the others to `tail`. Of
@@ -51,7 +51,7 @@ FULL: Mapping[str, options.Value] = {
     "trace": "../shared/traces/arena_27models.csv",
     "engine": "vllm",
     "model": "smollm2",
-    "requests": 100,
+    "requests": 140,
     "seconds": 75.0,
     "answer_part": 0.25,
     "most_prompt": 384,
