@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import socket
 import time
 from collections.abc import Iterator
 
 import httpx
 import pytest
+from starlette.types import Message, Receive
 
+from elastickv.gateway.body import BodyMemory, ClientGone, read_body
+from elastickv.gateway.errors import Refused
 from gateway.front import Front, Limits
 from gateway.raw_engine import RawEngine, Request, as_json, chunk, die, event, hang, stream, wait_until, whole
 
@@ -242,7 +246,9 @@ def test_bodies_are_bounded(engine: RawEngine) -> None:
     with Front(limits=Limits(max_body=1000, body_s=0.3)) as front:
         front.add("chat", engine.url)
         fits = b'{"model":"chat","x":"' + b"y" * 970 + b'"}'
-        assert httpx.post(f"{front.url}/v1/completions", content=fits).status_code == 200
+        with httpx.Client() as client:  # far more than 64 bodies, which is what may be held at a time
+            for _ in range(80):
+                assert client.post(f"{front.url}/v1/completions", content=fits).status_code == 200
         assert httpx.post(f"{front.url}/v1/completions", content=fits + b" " * 40).status_code == 413
         parts = (b"y" * 100 for _ in range(30))
         assert httpx.post(f"{front.url}/v1/completions", content=parts).status_code == 413
@@ -257,3 +263,50 @@ def test_an_engines_own_error_is_passed_on(front: Front, engine: RawEngine) -> N
     assert answer.json() == {"error": {"message": "too long", "code": 400}}
     front.quiet()
     assert front.recorded.statuses() == [400]
+
+
+def test_what_bodies_hold_in_memory_is_bounded_and_comes_back() -> None:
+    def arriving(*messages: dict[str, object]) -> Receive:
+        parts = iter(messages)
+
+        async def receive() -> Message:
+            try:
+                return next(parts)
+            except StopIteration:
+                await asyncio.sleep(20)
+                raise
+
+        return receive
+
+    async def read(most: int, *messages: dict[str, object]) -> bytes:
+        return await read_body(arriving(*messages), [], most, 0.05, memory)
+
+    memory = BodyMemory(100)
+    part = {"type": "http.request", "body": b"x" * 60, "more_body": True}
+    last = {"type": "http.request", "body": b"y", "more_body": False}
+    assert len(asyncio.run(read(80, part, last))) == 61
+    assert memory.held == 61
+    for most, messages, status in ((80, [part], 503), (10, [last, last], 408), (10, [part], 413)):
+        endless = [{**one, "more_body": True} for one in messages]
+        with pytest.raises(Refused) as caught:
+            asyncio.run(read(most, *endless))
+        assert caught.value.status == status
+    with pytest.raises(ClientGone):
+        asyncio.run(read(80, {**last, "more_body": True}, {"type": "http.disconnect"}))
+    assert memory.held == 61
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_no_text_of_a_request_is_logged_unless_asked_for(
+    engine: RawEngine, caplog: pytest.LogCaptureFixture, asked: bool
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    with Front(limits=Limits(log_requests=asked)) as front:
+        front.add("chat", engine.url)
+        for body in (BODY | {"prompt": "my secret"}, {"model": "nobody", "prompt": "my secret"}):
+            httpx.post(f"{front.url}/v1/completions", json=body)
+        httpx.post(f"{front.url}/v1/completions", content=b'{"model": "chat", "my secret"')
+        engine.default = die
+        httpx.post(f"{front.url}/v1/completions", json=BODY | {"prompt": "my secret"})
+        front.quiet()
+    assert ("my secret" in caplog.text) is asked

@@ -118,13 +118,15 @@ def test_who_gives_up_leaves_nothing_behind() -> None:
         model.open.clear()
         waiting = [asyncio.create_task(enter(lane)) for _ in range(4)]
         await asyncio.sleep(0.01)
-        model.open.set()
         waiting[0].cancel()
-        await asyncio.sleep(0)  # the pump runs, or has run: whatever order they come in
-        waiting[1].cancel()
-        for one in await asyncio.gather(*waiting, return_exceptions=True):
-            if isinstance(one, Place):
-                one.leave()
+        model.open.set()
+        while not model.entered:
+            await asyncio.sleep(0)
+        for one in waiting:  # places have been given, and nobody has had the time to take one
+            one.cancel()
+        found = await asyncio.gather(*waiting, return_exceptions=True)
+        assert all(isinstance(one, asyncio.CancelledError) for one in found)
+        assert len(model.entered) == 3
         assert model.replicas[0].outstanding == 0
 
     with_lane(work)
