@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,6 +96,19 @@ def test_only_adapters_and_the_demo_import_engines() -> None:
         and not ENGINES.isdisjoint(imported(tree_of(path)))
     }
     assert importers == set()
+
+
+def test_only_the_command_line_knows_the_gateway() -> None:
+    importer = re.compile(r"^\s*(from|import) elastickv\.gateway", re.MULTILINE)
+    found = [p for p in PYTHON if importer.search(p.read_text(encoding="utf-8"))]
+    assert {path.relative_to(PACKAGE).parts[0] for path in found} == {"cli", "gateway"}
+
+
+def test_a_command_that_serves_nothing_loads_no_web_server() -> None:
+    heavy = "{'starlette', 'uvicorn', 'aiohttp', 'uvloop', 'httpx'}"
+    code = f"import sys, elastickv.cli; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_files_keep_their_budget() -> None:
