@@ -19,6 +19,9 @@ _HOOKS: Final = (
     "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_token_to_kv_pool_allocator",
     "sglang.srt.platforms.interface.SRTPlatform.get_kv_pool_cls",
     "sglang.srt.mem_cache.registry.create_unified_radix_cache",
+    "sglang.srt.managers.schedule_batch.ScheduleBatch.retract_decode",
+    "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager.release_memory_occupation",
+    "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager.resume_memory_occupation",
 )
 
 _installed: list[str] = []
@@ -66,9 +69,19 @@ def _check_applied() -> None:
 def _register() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    kinds = (HookType.AROUND, HookType.AFTER, HookType.AROUND, HookType.AFTER, HookType.AROUND, HookType.AROUND)
-    hooks = (_init_model_worker, _ingested, _profile, _allocator, _pool_class, _tree)
-    for target, hook, kind in zip(_HOOKS, hooks, kinds, strict=True):
+    around, after = HookType.AROUND, HookType.AFTER
+    hooks = (
+        (_init_model_worker, around),
+        (_ingested, after),
+        (_profile, around),
+        (_allocator, after),
+        (_pool_class, around),
+        (_tree, around),
+        (_retracted, after),
+        (_released, after),
+        (_resumed, after),
+    )
+    for target, (hook, kind) in zip(_HOOKS, hooks, strict=True):
         HookRegistry.register(target, hook, kind)
 
 
@@ -115,3 +128,23 @@ def _tree(original: Callable[..., Any], ctx: Any, *, cache_class: type | None = 
             f"elastickv cannot manage the prefix cache {cache_class.__qualname__}; leave out --radix-cache-backend"
         )
     return original(ctx, cache_class=ElasticRadixCache)
+
+
+def _retracted(result: Any, *args: Any, **kwargs: Any) -> Any:
+    from elastickv.engines.sglang import retract
+
+    return retract.keep_last(result)
+
+
+def _released(result: Any, updater: Any, request: Any) -> None:
+    """SGLang has made sure that it is idle, and has dropped its prefixes."""
+    from elastickv.engines.sglang import session
+
+    if not request.tags or "kv_cache" in request.tags:
+        session.current().release_cache()
+
+
+def _resumed(result: Any, updater: Any, request: Any) -> None:
+    from elastickv.engines.sglang import session
+
+    session.current().resumed()

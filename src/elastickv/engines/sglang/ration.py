@@ -43,11 +43,15 @@ class Growth(msgspec.Struct, array_like=True):
 
 
 class Look(msgspec.Struct, array_like=True):
-    """A look at what is asked of this engine. `reclaim`: something is, and the engine is `idle` or not."""
+    """A look at what is asked of this engine. `reclaim`: something is, and the engine is `idle` or not.
+
+    `preempt`: a limit that was ordered to hold now needs running requests to go.
+    """
 
     growable: int
     reclaim: bool = False
     idle: bool = False
+    preempt: bool = False
     ticket: int = 0
 
 
@@ -81,6 +85,7 @@ class Ration:
         self._allocator: Any = None
         self._lent = (-1, -1)
         self._listed = torch.empty(0, dtype=torch.int64)
+        self._preempt = False
         self._look_again = 0.0
         self._idle_due = 0.0
 
@@ -140,7 +145,7 @@ class Ration:
     def look(self) -> int:
         """Between two steps: does what neighbours, limits and the idle clock ask. Returns the newest order's ticket."""
         look = self._decide("look", self._looked, Look)
-        self.growable = look.growable
+        self.growable, self._preempt = look.growable, look.preempt
         self.ticket = max(self.ticket, look.ticket)
         if look.reclaim:
             self._reclaim(look.idle)
@@ -149,12 +154,13 @@ class Ration:
     def _looked(self, pool: Pool) -> Look:
         now = time.monotonic()
         if not pool.attention() and now < self._look_again:
-            return Look(self.growable, ticket=pool.ticket())
+            return Look(self.growable, preempt=self._preempt, ticket=pool.ticket())
         self._look_again = now + _LOOK_EVERY_S
         self._lend(pool)
         idle = self.is_idle()
         due = idle and now >= self._idle_due and self._due(pool, now)
-        return Look(self._headroom(pool), pool.attention() or due, idle, pool.ticket())
+        preempt = not idle and pool.preempt_blocks() > 0
+        return Look(self._headroom(pool), pool.attention() or due, idle, preempt, pool.ticket())
 
     def _due(self, pool: Pool, now: float) -> bool:
         left_us = pool.next_deadline_us(True)
@@ -217,5 +223,30 @@ class Ration:
             self.pool.count_evicted(_WHY_NEED, blocks)
 
     def must_preempt(self) -> bool:
-        """Whether a limit that was ordered to hold now needs a running request to go."""
-        return False
+        """Whether a limit that was ordered to hold now needs a running request to go; asked again after each."""
+        if self._preempt:
+            self._preempt = self._decide("preempt", self._must_preempt, Look).preempt
+        return self._preempt
+
+    def _must_preempt(self, pool: Pool) -> Look:
+        self._lend(pool)
+        return Look(self.growable, preempt=pool.preempt_blocks() > 0)
+
+    def give_all(self) -> int:
+        """Gives back every block without a request, the floor's too, and returns the order's ticket.
+
+        For an engine that has forgotten its prefixes and is to hold nothing.
+        """
+        left = self._decide("all", self._gave_all, Left)
+        self._shrink(left)
+        self.growable = 0
+        return self.ticket
+
+    def _gave_all(self, pool: Pool) -> Left:
+        self._listed = self._allocator.census()
+        pool.lend(0, 0)
+        pool.release(self._listed.tolist())
+        pool.give_all()
+        runs = self._clip(pool.take_runs(pool.num_available()))
+        self._lent = (-1, -1)
+        return Left(runs, 0, _WHY_NEED, pool.ticket())

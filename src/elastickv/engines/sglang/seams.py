@@ -17,6 +17,7 @@ _TOKEN: Final = "sglang.srt.mem_cache.allocator.token"
 _PAGED: Final = "sglang.srt.mem_cache.allocator.paged"
 _BASE: Final = "sglang.srt.mem_cache.allocator.base"
 _BUDGET: Final = "sglang.srt.mem_cache.prefill_budget"
+_UPDATER: Final = "sglang.srt.managers.scheduler_components.weight_updater"
 _TREE: Final = "sglang.srt.mem_cache.unified_radix_cache"
 
 SEAMS: Final = (
@@ -32,7 +33,11 @@ SEAMS: Final = (
     ),
     Seam(_PLATFORM, "SRTPlatform.get_kv_pool_cls", ("self", "kind")),
     Seam("sglang.srt.mem_cache.registry", "create_unified_radix_cache", ("ctx", "cache_class")),
+    Seam("sglang.srt.managers.schedule_batch", "ScheduleBatch.retract_decode", ("self",)),
+    Seam(_UPDATER, "SchedulerWeightUpdaterManager.release_memory_occupation", ("self", "recv_req")),
+    Seam(_UPDATER, "SchedulerWeightUpdaterManager.resume_memory_occupation", ("self", "recv_req")),
     # relied on
+    Seam(_SCHEDULER, "Scheduler.is_fully_idle", ("self",)),
     Seam(_POOL, "MHATokenToKVPool._create_buffers_normal", ("self",)),
     Seam(_POOL, "MLATokenToKVPool._create_buffers", ("self",)),
     Seam(_BASE, "BaseTokenToKVPoolAllocator.evict_to_free_tokens", ("self", "tree_cache", "num_tokens")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -11,18 +12,21 @@ import torch
 from elastickv.config import Settings
 from elastickv.engines.sglang import gate, ranks
 from elastickv.engines.sglang.allocator import ElasticPagedAllocator, ElasticTokenAllocator, adopt
+from elastickv.engines.sglang.bell import Bell
 from elastickv.engines.sglang.channel import Channel
 from elastickv.engines.sglang.layout import Rows
 from elastickv.engines.sglang.ration import Ration
-from elastickv.errors import EngineRefused, Unavailable
+from elastickv.errors import DeadlineExceeded, EngineRefused, Unavailable
 from elastickv.memory import Cache, RankMemory, RankSpec, Tenancy, device_page
 from elastickv.memory.asking import Asking
+from elastickv.units import format_size
 
 __all__ = ["Session", "current", "forget", "start"]
 
 _logger = logging.getLogger("sglang.elastickv")
 
 READY_S: Final = 60.0
+UNMAP_S: Final = 60.0
 
 _here: list[Session] = []
 
@@ -70,6 +74,8 @@ class Session:
         self._ration: Ration | None = None
         self._asking: Asking | None = None
         self._rows: Rows | None = None
+        self._bell: Bell | None = None
+        self._woken: Callable[[], None] = lambda: None
         self._fenced = 0
         self._fence_stream: Any = None
 
@@ -150,12 +156,47 @@ class Session:
         """Proves that everything is in place, or refuses; then begins to look after the engine."""
         ration = self._need(self._ration)
         gate.check_engaged(scheduler, self)
+        self._bound_requests(scheduler)
         ration.tree = scheduler.tree_cache
         ration.is_idle = scheduler.is_fully_idle
         ration.is_running = lambda: not scheduler.running_batch.is_empty()
-        if self.tenancy is not None:
-            self.tenancy.stop_watching()
-            _logger.info("%s", self._need(self.cache).describe())
+        if self.tenancy is None or self.cache is None:
+            return
+        self.tenancy.stop_watching()
+        _logger.info("%s", self.cache.describe())
+        if scheduler.idle_sleeper is not None:
+            self._bell = Bell(self.cache.pool)
+            self._woken = self._bell.hang(scheduler.idle_sleeper)
+            self._bell.start()
+
+    def _bound_requests(self, scheduler: Any) -> None:
+        """No request may be longer than what the budget holds; SGLang refuses such a one when it comes.
+
+        It counts with the virtual cache, and a request that can never fit would hold up all that come after it.
+        """
+        tokens = ranks.from_first(self._budget_tokens())
+        if tokens < self._need(self._rows).page_tokens:
+            raise EngineRefused(
+                "elastickv cannot manage this engine: its budget holds no page of its cache beside the null page; "
+                "raise the limit or the capacity"
+            )
+        if scheduler.max_req_len > tokens:
+            cut = scheduler.max_req_len - tokens
+            scheduler.max_req_len -= cut
+            scheduler.max_req_input_len = max(1, scheduler.max_req_input_len - cut)
+            if self.rank == 0:
+                _logger.warning(
+                    "elastickv: requests may have %d tokens, as many as fit in the limit or the capacity", tokens
+                )
+
+    def _budget_tokens(self) -> int:
+        """Tokens that the limit, or the capacity, holds as they are now."""
+        if self.tenancy is None or self.cache is None:
+            return 0
+        geometry, rows = self.cache.geometry, self._need(self._rows)
+        pages = min(self.tenancy.budget(device) // geometry.page_cost(device) for device in geometry.devices)
+        blocks = pages * geometry.page_bytes // geometry.block_bytes - 1
+        return int(max(0, min(blocks, rows.blocks - 1)) * rows.page_tokens)
 
     def holds(self, pool: Any) -> bool:
         """Whether every buffer of SGLang's pool lies in the elastic range."""
@@ -177,6 +218,7 @@ class Session:
         ration = self._ration
         if ration is None or ration.tree is None:
             return
+        self._woken()
         ticket = ration.look()
         if ticket > self._fenced:
             self._fence(ticket)
@@ -196,8 +238,38 @@ class Session:
         stream.wait_stream(self.scheduler.forward_stream)
         memory.fence(ticket, stream.cuda_stream)
 
+    # --- release and resume of memory
+
+    def release_cache(self) -> None:
+        """All pages go back at once, and are unmapped on return: SGLang has dropped its prefixes, and nothing runs."""
+        ration = self._need(self._ration)
+        self._fence(ration.give_all())
+        if self.cache is None:
+            return
+        until = time.monotonic() + UNMAP_S
+        while (stats := self.cache.pool.stats())["transit"]:
+            if time.monotonic() >= until:
+                raise DeadlineExceeded(
+                    f"waited {UNMAP_S:.0f} s for the ranks to unmap {format_size(stats['transit'])} of the cache of an "
+                    "engine that released its memory; is a step stuck on the device?"
+                )
+            time.sleep(0.001)
+            self.cache.pool.poll()
+        self._describe("asleep")
+
+    def resumed(self) -> None:
+        """After SGLang has taken its memory back. The cache fills again when it is used."""
+        self._describe("")
+
+    def _describe(self, state: str) -> None:
+        text = f"sglang {self.version}" + (f", {state}" if state else "")
+        for tenant in self.tenancy.tenants.values() if self.tenancy is not None else ():
+            tenant.describe(engine=text)
+
     def close(self) -> None:
         """Leaves the ledger."""
+        if self._bell is not None:
+            self._bell.stop()
         self.channel.close()
         if self.cache is not None:
             cache, self.cache = self.cache, None
