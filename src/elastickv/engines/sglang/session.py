@@ -195,8 +195,9 @@ class Session:
             return 0
         geometry, rows = self.cache.geometry, self._need(self._rows)
         pages = min(self.tenancy.budget(device) // geometry.page_cost(device) for device in geometry.devices)
-        blocks = pages * geometry.page_bytes // geometry.block_bytes - 1
-        return int(max(0, min(blocks, rows.blocks - 1)) * rows.page_tokens)
+        blocks = min(pages * geometry.page_bytes // geometry.block_bytes, rows.blocks) - 1
+        spare = 2 if blocks > 2 else 0  # SGLang counts a page more than a request has, and wants one to be left
+        return int(max(0, blocks - spare) * rows.page_tokens)
 
     def holds(self, pool: Any) -> bool:
         """Whether every buffer of SGLang's pool lies in the elastic range."""
