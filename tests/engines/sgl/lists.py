@@ -143,6 +143,13 @@ def main() -> None:
     directory, kind, seed = sys.argv[1], sys.argv[2], int(sys.argv[3])
     play = Play(directory, kind, seed)
     pool = play.cache.pool
+    neighbour = Cache.create(
+        Settings.load(arguments={"directory": directory, "device": "host", "name": "two", "page": PAGE}),
+        num_blocks=BLOCKS,
+        ranks=[RankGeometry("host", 1, BLOCK_BYTES)],
+    )
+    other = RankMemory.attach(neighbour.rank_spec(0))
+    neighbour.wait_ready(20)
     ledger = _core.Ledger.open(directory, "host")
     play.moves(ledger, 600)
     moved = pool.stats()
@@ -154,13 +161,6 @@ def main() -> None:
     ledger.order_limit("one", CAPACITY)
     play.begin(200)
     play.end()
-    neighbour = Cache.create(
-        Settings.load(arguments={"directory": directory, "device": "host", "name": "two", "page": PAGE}),
-        num_blocks=BLOCKS,
-        ranks=[RankGeometry("host", 1, BLOCK_BYTES)],
-    )
-    other = RankMemory.attach(neighbour.rank_spec(0))
-    neighbour.wait_ready(20)
     taken = 0
 
     def squeeze() -> bool:
