@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -205,14 +207,27 @@ def test_the_loader_finds_the_library_and_nothing_is_loaded_before_it_is_needed(
     assert done.stdout.splitlines() == [repr([B, A]), "True False"]
 
 
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "vocab_size": 1000,
+    "max_position_embeddings": 4096,
+    "torch_dtype": "bfloat16",
+}
 CONTEXTS = """
 import ctypes, sys
+from pathlib import Path
 cuda = ctypes.CDLL("libcuda.so.1")
 cuda.standin_reset(1, 0, 0, 0)
 import elastickv
+from elastickv._core import Ledger
 from elastickv.cli import main
 from elastickv.errors import NotFound
 from elastickv.memory import gpu
+from control.serving import serving
 
 def call(*words):
     sys.argv = ["elastickv", *words]
@@ -221,14 +236,25 @@ def call(*words):
     except SystemExit as leaving:
         print(words[0], leaving.code or 0)
 
+directory, model = sys.argv[1:]
 (name,) = gpu.visible_devices()
-with elastickv.open_device("cuda:0", capacity="64MiB", directory=sys.argv[1]) as device:
+with elastickv.open_device("cuda:0", capacity="64MiB", directory=directory) as device:
     assert device.view().device == name
-    place = ["--dir", sys.argv[1]]
+    place = ["--dir", directory]
+    chat = Ledger.open(directory, name).join("chat")
     call("status", *place)
+    call("top", *place, "--plain", "--count", "1")
+    call("limit", "chat", "8MiB", "--timeout", "0.01", *place)
+    call("trim", "chat", "2MiB", "--timeout", "0.01", *place)
+    call("plan", model, *place)
+    call("plan", model, "--device", "cuda:0")
+    with serving(Path(directory)) as served, served.client() as client:
+        print("control", *(view.device for view in client.list()))
+    print("torch", "torch" in sys.modules)  # doctor looks at the engines, which import it
     call("doctor", *place)
+    chat.close()
 try:
-    elastickv.open_device("1", directory=place[1])
+    elastickv.open_device("1", directory=directory)
 except NotFound as error:
     print(error)
 print("contexts", cuda.standin_calls(b"cuDevicePrimaryCtxRetain"), cuda.standin_calls(b"cuCtxSetCurrent"))
@@ -238,13 +264,24 @@ print("contexts", cuda.standin_calls(b"cuDevicePrimaryCtxRetain"), cuda.standin_
 def test_who_only_looks_makes_no_cuda_context(say: Say, libraries: Path, tmp_path: Path) -> None:
     name = "GPU-10111213-1415-1617-1819-1a1b1c1d1e00"
     say(f"gpu {name} {80 * GIB} {GIB} NVIDIA H100")
-    environment = {**os.environ, "LD_LIBRARY_PATH": str(libraries)}
-    command = [sys.executable, "-c", CONTEXTS, str(tmp_path / "ledgers")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
+    tests = str(Path(__file__).parent)
+    search = os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(libraries), "PYTHONPATH": search}
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(LLAMA), encoding="utf-8")
+    header = b'{"model.norm.weight": {"dtype": "BF16", "shape": [1024], "data_offsets": [0, 2048]}}'
+    (tmp_path / "model" / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(2048))
+    command = [sys.executable, "-c", CONTEXTS, str(tmp_path / "ledgers"), str(tmp_path / "model")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[-1] == "contexts 0 0"
+    assert "torch False" in lines
     assert f"there is no GPU 1 in this process; it sees {name}" in lines[-2]
-    assert "status 0" in lines
+    codes = [line for line in lines if line.split(" ")[0] in ("status", "top", "plan", "limit", "trim", "control")]
+    # Nobody answers for the tenant, which has no engine, and the ledger's 64 MiB are too few for the model.
+    ran = ["status 0", "top 0", "limit 7", "trim 7", "plan 1", "plan 0", f"control {name}"]
+    assert codes == ran
     assert "79 GiB free of 80 GiB" in done.stdout
 
 

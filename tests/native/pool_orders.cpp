@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <chrono>
 
+#include "base/faultpoint.hpp"
 #include "ledger_support.hpp"
 #include "pool_fixture.hpp"
 
@@ -207,4 +208,35 @@ TEST("pool orders: waits for the neighbours are measured, granted or not") {
     CHECK_EQ(world.pool->ensure(0, false), 0U);  // nobody asked again: the wait ended with its last refusal
     CHECK_EQ(samples.load(), 3U);
     CHECK_EQ(world.tenant->samples[static_cast<std::size_t>(Latency::map)].load(), 0U);  // the fixture has no hook
+}
+
+TEST("pool orders: a lease on its way back is no broken book, and one that is missing is") {
+    World world(one_block_a_page());
+    const auto ids = world.alloc(1);
+    CHECK_OK(world.pool->release(ids, false));
+    CHECK(fault::set("memory.unmap.answered", fault::Action::delay, 0, 2'000'000) == fault::Setting::done);
+    (void)world.pool->give_all();
+    world.step();
+    bool seen = false;  // answered, and the lease not back: the rank is between the two
+    for (int i = 0; i < 20'000 && !seen; ++i) {
+        futex_ring(world.table->header().answer_bell);  // as another rank does that has just answered
+        CHECK_OK(world.pool->check_integrity());
+        seen = world.pool->stats().pages.transit == 0 && pages_of(world) != 1;
+        std::this_thread::sleep_for(std::chrono::microseconds(200));
+    }
+    CHECK(seen);
+    CHECK_OK(world.pool->check_integrity());
+    fault::clear();
+    for (int i = 0; i < 5000 && pages_of(world) != 1; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    CHECK_EQ(pages_of(world), 1U);
+    CHECK_OK(world.pool->check_integrity());
+    CHECK_OK(world.tenant->lease(world.page_cost, false));  // held by nobody
+    bool found = false;
+    for (int i = 0; i < 5000 && !found; ++i) {  // the rank may be about to say that its lease is back
+        found = world.pool->check_integrity().code() == Code::integrity;
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    CHECK(found);
+    world.tenant->give(world.page_cost);
+    CHECK_OK(world.pool->check_integrity());
 }

@@ -51,6 +51,7 @@ struct RankSlot {
     std::atomic<std::uint32_t> reserved;
     std::atomic<std::uint64_t> fence_passed;  // highest ticket whose fence this rank's device has passed
     std::atomic<std::uint64_t> mapped_bytes;
+    std::atomic<std::uint64_t> giving;  // bytes that are answered to be unmapped, their lease not yet back
     std::atomic<std::uint64_t> map_ns, unmap_ns, maps, unmaps, failures;
     char error[256];  // text of the last failure; written before `failures` grows
 };

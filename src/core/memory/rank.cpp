@@ -413,9 +413,11 @@ void Rank::unmap_extent(std::uint32_t page, const Wanted &wanted) noexcept {
     }
     // The answer goes first: a pool that sees the lease back must also see the page gone.
     (void)fault::point("memory.unmap.released");
+    slot_.giving.fetch_add(bytes, std::memory_order_relaxed);
     answer(page, wanted.generation, So::unmapped);
     (void)fault::point("memory.unmap.answered");
     hooks_.give(bytes);
+    slot_.giving.fetch_sub(bytes, std::memory_order_release);
 }
 
 void Rank::count(bool mapped, std::uint64_t start_ns) noexcept {

@@ -90,6 +90,13 @@ Status Pool::check_extents() const {
     return {};
 }
 
+// Whether a rank has answered that pages are gone and has not given their lease back yet: it answers first.
+bool Pool::lease_in_flight() const noexcept {
+    for (std::uint32_t rank = 0; rank < table_->ranks(); ++rank)
+        if (table_->rank(rank).giving.load(std::memory_order_acquire) != 0) return true;
+    return false;
+}
+
 Status Pool::check_integrity() {
     if (origin_.elsewhere()) return not_ours();
     const std::scoped_lock lock(mutex_);
@@ -97,7 +104,7 @@ Status Pool::check_integrity() {
     publish();
     if (Status status = check_blocks(); !status.ok()) return status;
     if (Status status = check_extents(); !status.ok()) return status;
-    if (!transit_.empty()) return {};  // not a quiet point for the leases
+    if (!transit_.empty() || lease_in_flight()) return {};  // not a quiet point for the leases
     for (const auto &share : leases_.shares()) {
         const std::uint64_t expected = (held_pages_ + lost_pages_) * share.page_cost;
         if (share.tenant->leased() != expected)

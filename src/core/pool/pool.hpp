@@ -119,6 +119,7 @@ class Pool {
     // Tells the ranks to unmap everything, without fences: nothing may use the cache any more. Idempotent.
     void close() noexcept;
 
+    // The conservation laws, recomputed. Leases are compared at quiet points only: no order open, none on its way back.
     Status check_integrity();
     PoolStats stats();
     const PoolOptions &options() const noexcept { return options_; }
@@ -229,6 +230,7 @@ class Pool {
 
     Status check_blocks() const;
     Status check_extents() const;
+    bool lease_in_flight() const noexcept;
 
     Status not_ours() const;
 
