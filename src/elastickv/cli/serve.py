@@ -119,7 +119,7 @@ def _serve(spec: GatewaySpec, settings: Settings, state: Path, drain_s: float) -
         server = Server(app, listening, WireLimits(connections=spec.max_connections))
         _say(fleet, spec, settings, state, clients=len(keys.clients))
         gc.freeze()  # what the imports made is here to stay: looking through it again would hold requests up for 20 ms
-    uvloop.run(_until_told(server, fleet, drain_s))
+        uvloop.run(_until_told(server, fleet, drain_s))
     if not server.started:
         raise ElasticKVError("the gateway did not start; the lines above say why")
     print("elastickv: the gateway has ended, and so have its engines", file=sys.stderr, flush=True)
