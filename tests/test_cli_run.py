@@ -50,7 +50,7 @@ def test_options_are_checked_before_anything_starts(cli: Cli, tmp_path: Path, op
 
 
 def test_every_setting_is_an_option_and_stands_in_the_docs() -> None:
-    """All but the one that run itself decides (whether the engine is managed), and secrets, which no command line has."""
+    """All but whether the engine is managed, which run itself decides, and secrets, which no command line has."""
     from elastickv.cli import app
 
     parameters = typer.main.get_group(app).commands["run"].params
