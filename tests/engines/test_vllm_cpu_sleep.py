@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import time
 from collections.abc import Iterator
@@ -95,6 +96,8 @@ def test_memory_goes_and_comes_back_byte_for_byte(engine: Engine, directory: Pat
     answers = engine.wait_round().tokens
     held, before = anonymous(engine), one(directory)
     assert before.static_bytes == before.static_used > WEIGHTS
+    (first,) = re.findall(r"elastickv has leased ([0-9.]+) MiB static", engine.log())
+    assert abs(float(first) * MIB - before.static_bytes) < 0.02 * before.static_bytes, "before anything was loaded"
     assert len(weight_files(engine)) == 1, "of what is packed; the rest is written when it is needed"
 
     assert slept(engine) is None

@@ -25,7 +25,7 @@ from elastickv.engines.weightfile import WeightFile, choose_directory
 from elastickv.errors import ElasticKVError, EngineRefused, InvalidArgument
 from elastickv.units import format_size
 
-__all__ = ["CPU_WORKER", "OPERATIONS", "PLATFORM", "Sleeper", "begin", "check_level", "wanted"]
+__all__ = ["CPU_WORKER", "OPERATIONS", "PLATFORM", "Sleeper", "begin", "check_level", "packed_besides", "wanted"]
 
 _logger = init_logger("vllm.elastickv")
 
@@ -53,6 +53,19 @@ def check_level(config: Any, level: int) -> None:
             "use level 1: it frees as much, and keeps them on a disk",
             level=level,
         )
+
+
+def packed_besides(config: Any) -> int:
+    """About how many bytes a rank takes beyond its weights: vLLM packs embedding and head, and keeps them as well.
+
+    0 where no sleep was asked for: then such copies are not counted.
+    """
+    if not wanted(config):
+        return 0
+    model = config.model_config
+    size: int = model.get_vocab_size() * model.get_hidden_size() * model.dtype.itemsize
+    tp: int = config.parallel_config.tensor_parallel_size
+    return -(-2 * size // tp)
 
 
 def begin(worker: Any) -> Sleeper | None:

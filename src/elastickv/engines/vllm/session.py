@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 from vllm.logger import init_logger
 
 from elastickv.config import Settings
-from elastickv.engines.vllm import budget, gate, geometry, preempt, ranks, scheduler, weights, window
+from elastickv.engines.vllm import budget, cpu_sleep, gate, geometry, preempt, ranks, scheduler, weights, window
 from elastickv.engines.vllm.blockpool import ElasticBlockPool
 from elastickv.engines.vllm.idle import EngineSteward
 from elastickv.engines.vllm.static import Footprint, StaticLease
@@ -111,7 +111,8 @@ class Session:
         if static.counted:
             on_gpu = "host" not in self.ranks
             needs = weights.of_ranks(self.config) if static.fixed is None else [0] * len(self.ranks)
-            static.reserve([static_bytes(size, on_gpu=on_gpu) for size in needs])
+            besides = cpu_sleep.packed_besides(self.config)
+            static.reserve([static_bytes(size, on_gpu=on_gpu) + besides for size in needs])
 
     def look_at_ranks(self, executor: Any) -> None:
         """Learns each rank's device and backends, and what it has taken; called once the models are loaded."""
