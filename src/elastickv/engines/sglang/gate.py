@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final
 
 from elastickv.errors import EngineRefused
@@ -11,7 +10,7 @@ from elastickv.errors import EngineRefused
 if TYPE_CHECKING:
     from elastickv.engines.sglang.session import Session
 
-__all__ = ["REFUSED", "VERSIONS", "attention_backends", "check_arguments", "check_engaged", "check_version"]
+__all__ = ["REFUSED", "VERSIONS", "check_arguments", "check_engaged", "check_version"]
 
 VERSIONS: Final = ">=0.5.23,<0.6"
 _LOWEST: Final = (0, 5, 23)
@@ -81,15 +80,10 @@ def check_arguments(arguments: Any) -> None:
         raise _refuse(
             f"--kv-cache-dtype {dtype}", "its blocks have scales beside them", f"use one of {', '.join(_DTYPES)}"
         )
-    for backend in attention_backends(arguments):
+    for name in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
+        backend = str(getattr(arguments, name, None))
         if backend in _BACKENDS:
             raise _refuse(f"the attention backend {backend}", _BACKENDS[backend], "choose another")
-
-
-def attention_backends(arguments: Any) -> Iterable[str]:
-    """Names of the attention backends that ServerArgs choose."""
-    names = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
-    return [str(value) for value in (getattr(arguments, name, None) for name in names) if value]
 
 
 def check_engaged(scheduler: Any, session: Session) -> None:

@@ -38,6 +38,7 @@ SEAMS: Final = (
     Seam(_UPDATER, "SchedulerWeightUpdaterManager.resume_memory_occupation", ("self", "recv_req")),
     # relied on
     Seam(_SCHEDULER, "Scheduler.is_fully_idle", ("self",)),
+    Seam("sglang.srt.runtime_context", "attention_backends", ()),
     Seam(_POOL, "MHATokenToKVPool._create_buffers_normal", ("self",)),
     Seam(_POOL, "MLATokenToKVPool._create_buffers", ("self",)),
     Seam(_BASE, "BaseTokenToKVPoolAllocator.evict_to_free_tokens", ("self", "tree_cache", "num_tokens")),

@@ -101,10 +101,6 @@ class Session:
             mine = min(shares)
         return ranks.from_first(mine)
 
-    def attention_backends(self) -> set[str]:
-        """Names of the attention backends that read the cache."""
-        return {str(name) for name in gate.attention_backends(self.scheduler.server_args) if name}
-
     def attach_memory(self, rows: Rows) -> list[list[torch.Tensor]]:
         """The cache, made together with the other ranks, as this rank's buffers: by part, the tensors of all layers."""
         if self.memory is not None:
@@ -160,6 +156,8 @@ class Session:
         ration.tree = scheduler.tree_cache
         ration.is_idle = scheduler.is_fully_idle
         ration.is_running = lambda: not scheduler.running_batch.is_empty()
+        if self.scheduler.device != "cpu":  # not before: nothing may be freed while graphs are captured
+            self._need(self.memory).set_reclaimer(torch.cuda.empty_cache)
         if self.tenancy is None or self.cache is None:
             return
         self.tenancy.stop_watching()

@@ -6,10 +6,9 @@ that constructor arguments of later versions pass through untouched.
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final, NoReturn
+from typing import Any, NoReturn
 
 from vllm.distributed.kv_events import AllBlocksCleared
 from vllm.logger import init_logger
@@ -17,19 +16,11 @@ from vllm.v1.core.block_pool import BlockHashToBlockMap, BlockPool
 
 from elastickv._core import BlockObjects, Pool
 from elastickv.errors import EngineRefused, InvalidArgument
+from elastickv.memory.asking import Asking
 
 __all__ = ["ElasticBlockPool", "adopt"]
 
 _logger = init_logger("vllm.elastickv")
-
-_RING_EVERY_S: Final = 0.05
-"""A demand on the ledger lapses 0.1 s after its last refresh (ledger/policy.hpp)."""
-
-_PAUSE_S: Final = (0.25, 8.0)
-"""After a wait for the neighbours that gained nothing, the shortest and the longest pause before the next one."""
-
-_WAITED_S: Final = 0.001
-"""A call that took longer than this and was served has waited for it."""
 
 
 def adopt(pool: Any, native: Pool, budget_blocks: Callable[[], int]) -> ElasticBlockPool:
@@ -68,35 +59,18 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
         for block in self.blocks:
             block.prev_free_block = block.next_free_block = None
         self._budget_blocks = budget_blocks
-        self.starved = False
-        """Whether the last ensure() found fewer blocks than it was asked for."""
-        self._freed_seen = 0
-        self._ring_again = 0.0
-        self._wait_again = 0.0
-        self._pause = _PAUSE_S[0]
+        self._asking = Asking(native)
 
     # --- allocation
 
-    def ensure(self, num_blocks: int, *, patient: bool) -> None:
-        """Has `num_blocks` blocks available if it can. A patient call may wait for the neighbours (give_back_wait).
+    @property
+    def starved(self) -> bool:
+        """Whether the last ensure() found fewer blocks than it was asked for."""
+        return self._asking.starved
 
-        Waiting costs the requests that run, so a wait that gained nothing is not repeated soon. Nor is an impatient
-        call that was refused a moment ago, unless somebody has freed memory since or its demand would lapse.
-        """
-        native = self.native
-        began = time.monotonic()
-        patient = patient and began >= self._wait_again
-        if self.starved and not patient and began < self._ring_again and native.freed_word() == self._freed_seen:
-            return
-        self._freed_seen = native.freed_word()
-        self.starved = native.ensure(num_blocks, patient) < num_blocks
-        if self.starved:
-            self._ring_again = began + _RING_EVERY_S
-            if patient:
-                self._pause = min(2 * self._pause, _PAUSE_S[1])
-                self._wait_again = began + self._pause
-        elif patient and time.monotonic() - began > _WAITED_S:
-            self._pause = _PAUSE_S[0]
+    def ensure(self, num_blocks: int, *, patient: bool) -> None:
+        """Has `num_blocks` blocks available if it can. A patient call may wait for the neighbours (give_back_wait)."""
+        self._asking.ensure(num_blocks, patient=patient)
 
     def get_new_blocks(self, num_blocks: int) -> list[Any]:
         """Takes blocks; what they cached is forgotten. ValueError, as vLLM's, if the caller did not check first."""

@@ -1,0 +1,123 @@
+"""Parts of the SGLang plug-in that need no SGLang: what is refused, how buffers lie, who is kept."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from elastickv.engines import adapter
+from elastickv.engines.sglang import gate, retract
+from elastickv.errors import EngineRefused
+
+torch = pytest.importorskip("torch")
+
+PLAIN = {name: plain for name, (plain, _, _) in gate.REFUSED.items()}
+
+
+@pytest.mark.parametrize("version", ["0.5.16", "0.5.22", "0.6.0", "1.0", "what"])
+def test_other_versions_are_refused(version: str) -> None:
+    with pytest.raises(
+        EngineRefused, match=r"SGLang .* is written for SGLang >=0\.5\.23,<0\.6; install such a version"
+    ):
+        gate.check_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.5.23", "0.5.24.post1", "0.5.30rc1"])
+def test_these_versions_are_managed(version: str) -> None:
+    gate.check_version(version)
+
+
+def test_plain_arguments_are_managed() -> None:
+    gate.check_arguments(SimpleNamespace(**PLAIN, kv_cache_dtype="auto", attention_backend="triton"))
+
+
+@pytest.mark.parametrize("name", sorted(gate.REFUSED))
+def test_each_refused_option_is_named_with_a_reason_and_a_remedy(name: str) -> None:
+    plain, why, remedy = gate.REFUSED[name]
+    value: Any = True if plain is False else plain + 1 if isinstance(plain, int) else "other"
+    with pytest.raises(EngineRefused) as caught:
+        gate.check_arguments(SimpleNamespace(**{**PLAIN, name: value}))
+    text = str(caught.value)
+    assert f"--{name.replace('_', '-')}" in text
+    assert why in text
+    assert remedy in text
+    assert "unset ELASTICKV to serve without it" in text
+
+
+@pytest.mark.parametrize(("name", "value"), [("kv_cache_dtype", "fp4_e2m1"), ("decode_attention_backend", "ascend")])
+def test_types_and_backends_are_refused(name: str, value: str) -> None:
+    with pytest.raises(EngineRefused, match=value):
+        gate.check_arguments(SimpleNamespace(**{**PLAIN, name: value}))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [(None, {}), ("", {}), ("a, elastickv", {}), ("a", {"SGLANG_PLUGINS": "a,elastickv"})],
+)
+def test_a_choice_of_plugins_gets_the_plugin(
+    monkeypatch: pytest.MonkeyPatch, chosen: str | None, expected: dict[str, str]
+) -> None:
+    monkeypatch.delenv("SGLANG_PLUGINS", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("SGLANG_PLUGINS", chosen)
+    assert adapter("sglang").environment() == expected
+
+
+def request_that(text: str | None) -> SimpleNamespace:
+    return SimpleNamespace(to_finish=None if text is None else SimpleNamespace(message=text))
+
+
+def test_the_last_request_is_retracted_and_not_aborted() -> None:
+    one, beam = request_that(None), request_that("Beam search group aborted: KV cache pool is full.")
+    last = request_that(
+        "Out of memory even after retracting all other requests in the decode batch. Aborting the last."
+    )
+    retracted, ratio, aborted = retract.keep_last(([one], 0.5, [beam, last]))
+    assert (retracted, ratio, aborted) == ([one, last], 0.5, [beam])
+    assert last.to_finish is None
+    assert beam.to_finish is not None
+
+
+@pytest.mark.parametrize("strided", [True, False])
+def test_no_two_rows_share_a_byte_and_a_block_lies_where_the_pool_thinks(strided: bool) -> None:
+    from elastickv.engines.sglang.layout import Rows
+
+    rows = Rows("mha", 3, ((2, 8), (2, 8)), torch.float32, 4, 5, strided)
+    geometry = rows.geometry("host")
+    blocks = rows.aligned_blocks(4096)
+    assert blocks >= rows.blocks
+    assert geometry.spans == 1 or blocks * geometry.block_bytes % 4096 == 0
+    memory = torch.zeros(geometry.spans * blocks * geometry.block_bytes, dtype=torch.int8)
+    views = rows.views(memory, blocks)
+    assert [len(part) for part in views] == [3, 3]
+    number = 0
+    for part in views:
+        for layer in part:
+            assert layer.shape == (20, 2, 8)
+            for token in range(20):
+                number += 1
+                layer[token] = number
+    number = 0
+    for part in views:
+        for layer in part:
+            for token in range(20):
+                number += 1
+                assert bool((layer[token] == number).all())
+                at = layer[token].data_ptr() - memory.data_ptr()
+                within = at % (blocks * geometry.block_bytes)
+                assert within // geometry.block_bytes == token // rows.page_tokens
+
+
+def test_a_backend_that_wants_whole_layers_gets_them() -> None:
+    from elastickv.engines.sglang.layout import layout_for
+
+    pool = SimpleNamespace(page_size=16, size=160, layer_num=2, store_dtype=torch.float32)
+    shapes = ((2, 8), (2, 8))
+    assert layout_for(pool, "mha", shapes, {"triton"}).strided
+    assert not layout_for(pool, "mha", shapes, {"triton", "other"}).strided
+    assert not layout_for(pool, "mha", shapes, {"None"}).strided
+    assert layout_for(pool, "mha", shapes, {"triton"}).blocks == 11
+    with pytest.raises(EngineRefused, match="choose one of fa3"):
+        layout_for(pool, "mha", ((2, 8), (2, 4)), {"other"})
