@@ -237,6 +237,7 @@ class Ration:
 
         For an engine that has forgotten its prefixes and is to hold nothing.
         """
+        self._allocator.merge_and_sort_free()  # on every rank: the order of the list must be the same
         left = self._decide("all", self._gave_all, Left)
         self._shrink(left)
         self.growable = 0
