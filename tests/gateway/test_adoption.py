@@ -22,7 +22,7 @@ from elastickv.gateway.process import EngineProcess, is_kept, tail
 from elastickv.gateway.records import Record, Store, read_view
 from elastickv.gateway.spec import ModelSpec
 from elastickv.gateway.states import State
-from gateway.fleets import PROGRAM, WAIT_S, command, deadline, fleet_of, program
+from gateway.fleets import WAIT_S, command, deadline, fleet_of, program
 from gateway.served import gateway, gone, wait_for
 from support import Outcome
 
@@ -53,7 +53,7 @@ def test_engines_of_a_killed_gateway_end_after_the_grace(directory: Path, models
         running.end(signal.SIGKILL)
     wait_for(lambda: all(gone(pid) for pid in pids.values()), "the engines' end")
     log = running.state / "logs/a.log"
-    wait_for(lambda: "no gateway for 0 s" in log.read_text() or "no gateway for" in log.read_text(), "the reason")
+    wait_for(lambda: "no gateway for" in log.read_text(), "the reason")
 
 
 def test_a_gateway_that_is_started_again_adopts_what_runs(directory: Path, models: str) -> None:
@@ -253,7 +253,3 @@ def test_a_log_that_grew_too_long_is_cut(directory: Path, monkeypatch: pytest.Mo
             assert model.state is State.READY
 
     asyncio.run(go())
-
-
-def test_the_program_is_there() -> None:
-    assert PROGRAM.is_file()
