@@ -55,6 +55,8 @@ class TenantSpec:
     """Blocks that it wants in use at once."""
     pace: float
     cached_share: float
+    extent: int = PAGE
+    """Most bytes of one mapping; only where it is more than a block can one in use hold others back."""
     steady: bool = False
     clock_offset: int = 0
     """Seconds by which its CLOCK_MONOTONIC differs (a time namespace)."""
@@ -88,6 +90,7 @@ def tenant_spec(
         most=int(share * choose.uniform(0.5, 1.1)) // block_bytes,
         pace=options.pace * choose.uniform(0.5, 1.5),
         cached_share=choose.uniform(0.2, 0.8),
+        extent=choose.choice((1, 4, 16)) * PAGE,
         steady=steady,
         clock_offset=clock_offset,
         faults=faults,

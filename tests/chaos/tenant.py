@@ -63,6 +63,7 @@ class Worker:
                 self.spec.name,
                 floor=self.spec.floor,
                 weight=self.spec.weight,
+                max_extent=self.spec.extent,
                 priority=self.spec.priority,
                 idle_release=0.2,
             )
