@@ -29,8 +29,9 @@ BLOCK: Final = 64 * 1024
 class Subject:
     """An engine with a tiny model, and how its kind says what all of them do. `block_tokens`: tokens it allocates at
     once. `one_process`: variables for a run in as few processes as it can, `spread`: for one as it is served.
-    `scheduler`, `worker`: how the titles of those processes begin. `always`: bytes that it never gives back.
-    `busy_step`: one at which several requests run. `faulted`: what is told of an engine that touched absent memory.
+    `scheduler`, `worker`: how the titles of these processes begin; None where the scheduler works itself. `always`:
+    bytes that it never gives back. `told`: what it logs at its start. `busy_step`: one at which several requests run.
+    `faulted`: what is told of an engine that touched absent memory.
     """
 
     kind: Name
@@ -41,9 +42,10 @@ class Subject:
     spread: dict[str, str]
     plugins: str
     scheduler: bytes
-    worker: bytes
+    worker: bytes | None
     version: str
     layout: str
+    told: tuple[str, ...]
     always: int
     busy_step: int
     faulted: str
@@ -96,6 +98,7 @@ VLLM: Final = Subject(
     worker=b"VLLM::Worker",
     version="vllm 0.3",
     layout="LBHNC, layer-outermost in 4 spans",
+    told=("32 MiB virtual in 512 blocks", "limit none, layout LBHNC, layer-outermost in 4 spans, page 64 KiB"),
     always=BLOCK,  # the null block's
     busy_step=20,
     faulted="ended with -11",
@@ -121,13 +124,14 @@ SGLANG: Final = Subject(
     engine={},
     block_tokens=16,
     uncached={"disable_radix_cache": True},
-    one_process={},
+    one_process={"ELASTICKV_VIRTUAL": "32MiB"},
     spread={},
     plugins="elastickv,elastickv_tests",
     scheduler=b"sglang::scheduler",
-    worker=b"sglang::detoken",
+    worker=None,
     version="sglang 0.5.23",
     layout="token, one span",
+    told=("32.03 MiB virtual in 1025 blocks", "limit none, layout token, one span, page 16 KiB"),
     always=BLOCK // 2,  # the padding page's
     busy_step=60,
     faulted="crashed with exit code -11",
@@ -140,6 +144,7 @@ SGLANG: Final = Subject(
 
 EACH: Final = [
     pytest.param(VLLM, marks=pytest.mark.vllm, id="vllm"),
+    pytest.param(SGLANG, marks=pytest.mark.sglang, id="sglang"),
 ]
 """For pytest.mark.parametrize("subject", EACH)."""
 

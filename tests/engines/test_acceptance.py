@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from elastickv.ledger import TenantView, order_limit
 from engines.conftest import TINY_PROMPTS as PROMPTS
 from engines.harness import Engine, EngineFailed, run, start
 from engines.oracle import differences
-from engines.subjects import BLOCK, EACH, VLLM, Subject, greedy_neighbour, look, until
+from engines.subjects import BLOCK, EACH, SGLANG, VLLM, Subject, greedy_neighbour, look, until
+from support import Outcome
 
 pytestmark = pytest.mark.slow
 
@@ -37,6 +39,7 @@ def plain(subject: Subject, request: pytest.FixtureRequest) -> list[list[int]]:
     [
         pytest.param(VLLM, True, marks=pytest.mark.vllm, id="vllm"),
         pytest.param(VLLM, False, marks=pytest.mark.vllm, id="vllm-no-prefix-caching"),
+        pytest.param(SGLANG, True, marks=pytest.mark.sglang, id="sglang"),
     ],
 )
 def test_squeezed_by_a_neighbour_it_answers_as_a_plain_one(
@@ -63,13 +66,13 @@ def test_squeezed_by_a_neighbour_it_answers_as_a_plain_one(
     assert sum(got) > 0
     assert seen.engine.startswith(subject.version)
     assert seen.layout == subject.layout
-    assert f"elastickv manages the KV cache of 'one' on host: 32 MiB virtual in {running.blocks} blocks" in result.log
-    assert f"limit none, layout {subject.layout}, page 64 KiB" in result.log
+    assert f"elastickv manages the KV cache of 'one' on host: {subject.told[0]}" in result.log
+    assert all(text in result.log for text in subject.told)
 
 
 @pytest.mark.parametrize("subject", EACH)
 def test_processes_of_its_own_idle_release_and_death(
-    subject: Subject, tiny_llama: Path, plain: list[list[int]], directory: Path
+    subject: Subject, tiny_llama: Path, plain: list[list[int]], directory: Path, cli: Callable[..., Outcome]
 ) -> None:
     """As it is served: what schedules is a process of its own."""
     settings = {"ELASTICKV_IDLE_RELEASE": "0.5s", "ELASTICKV_CACHE_RELEASE": "2s"}
@@ -77,6 +80,10 @@ def test_processes_of_its_own_idle_release_and_death(
     rounds = [PROMPTS, PROMPTS, PROMPTS * 4]
     with start(subject.job(tiny_llama, rounds, environment, core=None)) as engine:
         engine.wait_ready()
+        where = ("--dir", directory, "--device", "host")
+        proof = cli("doctor", "--name", "one", *where)
+        assert (proof.code, proof.out[:5]) == (0, "ok   "), proof.out
+        assert subject.version in cli("status", *where, "--json").out
         engine.go()
         first = engine.wait_round()
         _watch_it_give_back(directory, subject.always)
@@ -110,14 +117,14 @@ def _watch_it_give_back(directory: Path, always: int) -> None:
 
 
 def _kill_the_engine(engine: Engine, subject: Subject, directory: Path) -> None:
-    """SIGKILL of the process that schedules, under load: its worker goes with it, and so does the memory."""
+    """SIGKILL of the process that schedules, under load: a worker goes with it, and so does the memory."""
     by_title = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in engine.pids}
     schedulers = [pid for pid, title in by_title.items() if title.startswith(subject.scheduler)]
-    workers = [pid for pid, title in by_title.items() if title.startswith(subject.worker)]
-    assert (len(schedulers), len(workers)) == (1, 1)
+    workers = [pid for pid, title in by_title.items() if subject.worker and title.startswith(subject.worker)]
+    assert (len(schedulers), len(workers)) == (1, 1 if subject.worker else 0)
     os.kill(schedulers[0], signal.SIGKILL)
     assert until(lambda: look(directory).held == 0, 5) < 1.0
-    until(lambda: not _runs(workers[0]), 1.0)
+    until(lambda: not any(_runs(worker) for worker in workers), 1.0)
     view = look(directory)
     assert not any(tenant.alive for tenant in view.tenants)
     with elastickv.open_device("host", directory=str(directory)) as device:
@@ -133,9 +140,9 @@ def _runs(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("form", ["tensor", "pipeline"])
-@pytest.mark.parametrize("subject", EACH)
+@pytest.mark.parametrize("subject", EACH[:1])
 def test_two_ranks(subject: Subject, tiny_llama: Path, plain: list[list[int]], directory: Path, form: str) -> None:
-    """Each rank maps half of every block; both draw on one budget."""
+    """Each rank maps half of every block; both draw on one budget. SGLang's: sgl/test_parity.py."""
     environment = subject.managed(directory, blocks=40, **subject.rank_environment)
     job = subject.job(tiny_llama, ROUNDS, environment, engine=subject.two_ranks[form], core=None)
     result = run(job)
@@ -144,7 +151,7 @@ def test_two_ranks(subject: Subject, tiny_llama: Path, plain: list[list[int]], d
     assert f"virtual in {result.blocks} blocks" in result.log
 
 
-@pytest.mark.parametrize("subject", EACH)
+@pytest.mark.parametrize("subject", EACH[:1])
 def test_a_block_in_use_that_is_damaged_is_seen(
     subject: Subject, tiny_llama: Path, plain: list[list[int]], directory: Path
 ) -> None:
@@ -166,15 +173,16 @@ def test_a_block_in_use_that_is_damaged_is_seen(
     assert look(directory).held == 0
 
 
-@pytest.mark.parametrize("subject", EACH)
+@pytest.mark.parametrize("subject", EACH[:1])
 def test_a_limit_below_one_request_is_refused(subject: Subject, tiny_llama: Path, directory: Path) -> None:
+    """SGLang needs no such refusal: it takes no request that is longer than the budget."""
     with pytest.raises(EngineFailed) as caught:
         run(subject.job(tiny_llama, ROUNDS, subject.managed(directory, blocks=64, ELASTICKV_LIMIT="2MiB")))
     assert f"elastickv cannot manage this engine: {subject.limit_refused}" in str(caught.value)
     assert look(directory).held == 0
 
 
-@pytest.mark.parametrize("subject", EACH)
+@pytest.mark.parametrize("subject", EACH[:1])
 def test_a_block_larger_than_the_budget_is_refused(subject: Subject, tiny_llama: Path, directory: Path) -> None:
     engine = subject.large_blocks
     with pytest.raises(EngineFailed) as caught:
