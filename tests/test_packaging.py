@@ -70,7 +70,7 @@ def test_the_wheels_metadata(wheel: Path) -> None:
     assert "\nRequires-Python: >=3.10\n" in metadata
     needed = re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*(;.*)?$", metadata, re.MULTILINE)
     always = {name for name, condition in needed if "extra" not in condition}
-    served = {"httpx", "starlette", "uvicorn"}
+    served = {"aiohttp", "httptools", "httpx", "python-multipart", "starlette", "uvicorn", "uvloop"}
     assert always == {"msgspec", "nvidia-ml-py", "prometheus-client", "rich", "tomli", "typer"} | served
     assert "[console_scripts]\nelastickv=elastickv.cli:main" in points.replace(" = ", "=")
     assert "[vllm.general_plugins]\nelastickv=elastickv.engines.vllm:register" in points.replace(" = ", "=")

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "base/status.hpp"
+#include "gil.hpp"
 
 namespace elastickv::py {
 
@@ -25,7 +26,7 @@ template <class T> T unwrap(Result<T> result) {
 
 // Runs C++ that may wait with the GIL released; the Status it returns is turned into an exception outside.
 template <class F> auto without_gil(F &&work) {
-    nb::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     return work();
 }
 

@@ -35,7 +35,7 @@ std::shared_ptr<Driver> open(const std::string &device, std::uint64_t page_bytes
                              const std::string &library, bool allow_context) {
     const DriverOptions options{page_bytes, total_bytes, library, allow_context};
     auto opened = [&] {
-        nb::gil_scoped_release release;  // loading and starting a driver library takes long
+        const Unlocked unlocked;  // loading and starting a driver library takes long
         return open_driver(device, options);
     }();
     return unwrap(std::move(opened));

@@ -137,12 +137,10 @@ std::shared_ptr<Tenant> join(Ledger &ledger, std::string name, std::uint64_t flo
 // Calls wait(interrupted) without the GIL and lets Python's signal handlers run meanwhile, so that Ctrl-C ends it.
 template <class Wait> auto wait_interruptibly(Wait wait) {
     bool signalled = false;
-    const auto interrupted = [&signalled] {
-        nb::gil_scoped_acquire locked;
-        signalled = PyErr_CheckSignals() != 0;
-        return signalled;
-    };
-    auto result = without_gil([&] { return wait(interrupted); });
+    auto result = [&] {
+        Unlocked unlocked;
+        return wait([&] { return signalled = unlocked.locked([] { return PyErr_CheckSignals() != 0; }); });
+    }();
     if (signalled) throw nb::python_error();
     return result;
 }
@@ -166,7 +164,7 @@ nb::dict ask_dict(Tenant &tenant) {
 }
 
 void bind_tenant(nb::module_ &module) {
-    const auto unlocked = nb::call_guard<nb::gil_scoped_release>();
+    const auto unlocked = nb::call_guard<Unlocked>();
     nb::class_<Tenant>(module, "Tenant", "A process's hold on one tenant of a ledger. Thread-safe. Sizes are bytes.")
         .def_prop_ro("slot", &Tenant::slot)
         .def_prop_ro("incarnation", &Tenant::incarnation)

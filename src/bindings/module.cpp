@@ -15,6 +15,7 @@ NB_MODULE(_core, module) {
     // An engine lives until its process ends, and what it holds then is the kernel's to take back.
     nanobind::set_leak_warnings(false);
     module.doc() = "elastickv's native core. Private: use the elastickv package.";
+    elastickv::py::watch_interpreter(module);
     elastickv::py::bind_driver(module);
     elastickv::py::bind_ledger(module);
     elastickv::py::bind_pool(module);

@@ -186,15 +186,15 @@ void bind_pool(nb::module_ &module) {
                 check(without_gil([&] { return self.wait_ready(timeout_ms); }));
             },
             nb::arg("timeout_ms"))
-        .def("maintain", &Pool::maintain, nb::arg("idle"), nb::call_guard<nb::gil_scoped_release>(),
+        .def("maintain", &Pool::maintain, nb::arg("idle"), nb::call_guard<Unlocked>(),
              "Does what neighbours, limits and the idle clock ask; returns blocks whose contents must be forgotten.")
         .def("attention", &Pool::attention)
-        .def("give_all", &Pool::give_all, nb::call_guard<nb::gil_scoped_release>(),
+        .def("give_all", &Pool::give_all, nb::call_guard<Unlocked>(),
              "Gives back every page without a block in use, the floor's too; returns blocks that must be forgotten.")
-        .def("preempt_blocks", &Pool::preempt_blocks, nb::call_guard<nb::gil_scoped_release>(),
+        .def("preempt_blocks", &Pool::preempt_blocks, nb::call_guard<Unlocked>(),
              "Used blocks that must at least be given up by preempting, for a limit that was ordered to hold now. "
              "Ask again after each preemption and maintain().")
-        .def("lend", &Pool::lend, nb::arg("free"), nb::arg("cached"), nb::call_guard<nb::gil_scoped_release>(),
+        .def("lend", &Pool::lend, nb::arg("free"), nb::arg("cached"), nb::call_guard<Unlocked>(),
              "For an engine that keeps free blocks and prefixes itself: what its used blocks really are.")
         .def(
             "reclaim", &reclaim, nb::arg("free"), nb::arg("idle"), nb::arg("last"),
@@ -210,12 +210,12 @@ void bind_pool(nb::module_ &module) {
             },
             nb::arg("why"), nb::arg("blocks"))
         .def(
-            "headroom", [](Pool &self) { return self.headroom_blocks(); }, nb::call_guard<nb::gil_scoped_release>(),
+            "headroom", [](Pool &self) { return self.headroom_blocks(); }, nb::call_guard<Unlocked>(),
             "Blocks that ensure() could map now beyond those that are available, without asking anybody.")
         .def("ticket", &Pool::ticket)
         .def("mark_active", &Pool::mark_active)
-        .def("poll", &Pool::poll, nb::call_guard<nb::gil_scoped_release>())
-        .def("next_deadline_us", &Pool::next_deadline_us, nb::arg("idle"), nb::call_guard<nb::gil_scoped_release>())
+        .def("poll", &Pool::poll, nb::call_guard<Unlocked>())
+        .def("next_deadline_us", &Pool::next_deadline_us, nb::arg("idle"), nb::call_guard<Unlocked>())
         .def("bell_word", [](Pool &self) { return first_tenant(self).bell_word(); })
         .def("wait_bell", &wait_bell, nb::arg("seen"), nb::arg("timeout_us"),
              "Blocks without the GIL until the tenant's bell is rung (True) or the timeout.")
@@ -226,7 +226,7 @@ void bind_pool(nb::module_ &module) {
             [](Pool &self, std::uint32_t seen, std::uint64_t timeout_us) {
                 self.leases().wait_freed(seen, timeout_us);
             },
-            nb::arg("seen"), nb::arg("timeout_us"), nb::call_guard<nb::gil_scoped_release>())
+            nb::arg("seen"), nb::arg("timeout_us"), nb::call_guard<Unlocked>())
         .def("check_integrity", [](Pool &self) { check(without_gil([&] { return self.check_integrity(); })); })
         .def("close", &Pool::close)
         .def("stats", &stats);

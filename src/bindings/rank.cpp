@@ -53,11 +53,10 @@ void bind_rank(nb::module_ &module) {
             },
             nb::arg("timeout_ms"))
         .def("offer_reclaim", &Rank::offer_reclaim, nb::arg("offered"))
-        .def("wait_reclaim", &Rank::wait_reclaim, nb::arg("seen"), nb::arg("timeout_us"),
-             nb::call_guard<nb::gil_scoped_release>(),
+        .def("wait_reclaim", &Rank::wait_reclaim, nb::arg("seen"), nb::arg("timeout_us"), nb::call_guard<Unlocked>(),
              "The newest request's number, once it is not `seen` or too late.")
         .def("reclaimed", &Rank::reclaimed, nb::arg("request"))
-        .def("close", &Rank::close, nb::call_guard<nb::gil_scoped_release>());
+        .def("close", &Rank::close, nb::call_guard<Unlocked>());
 }
 
 }  // namespace elastickv::py
