@@ -289,7 +289,7 @@ def test_layouts_that_cannot_work() -> None:
 def test_an_unknown_engine_names_the_known_ones() -> None:
     with pytest.raises(NotFound) as caught:
         adapter("vlm")
-    assert str(caught.value) == "there is no adapter for the engine 'vlm'; there are: vllm"
+    assert str(caught.value) == "there is no adapter for the engine 'vlm'; there are: vllm, sglang"
     assert adapter("vllm").name == "vllm"
 
 

@@ -158,6 +158,9 @@ def main() -> None:
     play.until(
         "the limit", lambda: ledger.order_limit("one", CAPACITY // 4) and pool.stats()["leased"] <= CAPACITY // 4
     )
+    refused = play.refused
+    play.begin(CAPACITY // 4 // BLOCK_BYTES + 1)  # beyond the limit: it has to wait, whatever else is going on
+    assert play.refused == refused + 1
     ledger.order_limit("one", CAPACITY)
     play.begin(200)
     play.end()
