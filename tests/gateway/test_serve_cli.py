@@ -111,8 +111,13 @@ def test_nobody_there_and_a_wrong_key(running: Gateway, directory: Path, tmp_pat
     for text in ("", "one\ntwo\n"):
         key = tmp_path / "key"
         key.write_text(text)
+        key.chmod(0o600)
         refused = cli("model", "list", "--admin-key-file", key, "--dir", directory)
         assert refused.code == ConfigError.exit_code
+    key.chmod(0o644)
+    readable = cli("model", "list", "--admin-key-file", key, "--dir", directory)
+    assert readable.code == AccessDenied.exit_code
+    assert "chmod 600" in readable.err
 
 
 def test_with_an_admin_key_nothing_goes_without_it(

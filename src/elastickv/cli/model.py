@@ -142,11 +142,9 @@ def _client(
 def _key(file: str | None) -> str | None:
     if file is None:
         return None
-    try:
-        lines = [line.partition("#")[0].strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: cannot read the key: {error}") from None
-    keys = [line for line in lines if line]
+    from elastickv.gateway.auth import keys_of_file
+
+    keys = keys_of_file(Path(file))
     if len(keys) != 1:
         raise ConfigError(f"{file}: {len(keys)} keys; the file must hold the gateway's admin key, and nothing else")
     return keys[0]

@@ -24,7 +24,7 @@ from elastickv.errors import AccessDenied, ConfigError
 from elastickv.gateway.body import Headers, header
 from elastickv.gateway.errors import Refused, response_of
 
-__all__ = ["Guard", "Keys", "is_loopback", "load_keys"]
+__all__ = ["Guard", "Keys", "is_loopback", "keys_of_file", "load_keys"]
 
 OPEN_PATHS: Final = frozenset({"/", "/health", "/ready", "/openapi.json", "/favicon.ico"})
 OPEN_FOLDER: Final = "/page/"
@@ -93,16 +93,17 @@ def load_keys(clients_file: str | None, admin_file: str | None, clients: str = "
     """
     listed = [key.strip() for key in clients.split(",") if key.strip()]
     if clients_file is not None:
-        listed += _of_file(Path(clients_file))
+        listed += keys_of_file(Path(clients_file))
     admins = [admin.strip()] if admin.strip() else []
     if admin_file is not None:
-        admins += _of_file(Path(admin_file))
+        admins += keys_of_file(Path(admin_file))
     if len(set(admins)) > 1:
         raise ConfigError("there is more than one admin key; give one, in a file or in the environment")
     return Keys.of(listed, admins[0] if admins else None)
 
 
-def _of_file(path: Path) -> list[str]:
+def keys_of_file(path: Path) -> list[str]:
+    """The keys in a file, one a line; errors as of load_keys."""
     try:
         with path.open(encoding="utf-8") as file:
             mode = os.fstat(file.fileno()).st_mode
