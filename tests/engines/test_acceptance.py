@@ -151,7 +151,7 @@ def test_two_ranks(subject: Subject, tiny_llama: Path, plain: list[list[int]], d
     assert f"virtual in {result.blocks} blocks" in result.log
 
 
-@pytest.mark.parametrize("subject", EACH[:1])
+@pytest.mark.parametrize("subject", EACH)
 def test_a_block_in_use_that_is_damaged_is_seen(
     subject: Subject, tiny_llama: Path, plain: list[list[int]], directory: Path
 ) -> None:

@@ -1,7 +1,8 @@
 """What the harness does inside of SGLang's scheduler: a plug-in of the tests' own, called before every step.
 
 It counts the steps of a round, orders the limits that are to move, and damages what running requests have in the
-cache. The first rank alone does so; what it did stands in inside.json, for child.py.
+cache: of a managed engine through its own pool, of a plain one behind its back. The first rank alone does so; what it
+did stands in inside.json, for child.py.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ import ctypes
 import json
 import mmap
 import os
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from moves import Moves
+
+_UNMAP_S: Final = 60.0
 
 
 def register() -> None:
@@ -25,6 +29,18 @@ def register() -> None:
     HookRegistry.register(
         "sglang.srt.managers.scheduler.Scheduler.get_next_batch_to_run", inside.before, HookType.BEFORE
     )
+    if "kv_lora_rank" in json.loads(Path(job["model"], "config.json").read_text(encoding="utf-8")):
+        _read_latent_rows()
+
+
+def _read_latent_rows() -> None:
+    """SGLang sends a backend that it has no rule for down triton's way, whose kernels a CPU cannot run.
+
+    PyTorch's attention reads a latent row as it lies in the pool, in every kind of step.
+    """
+    from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry, AttnForwardMethod
+
+    AttentionBackendRegistry.register("torch_native", lambda *_: AttnForwardMethod.MLA)
 
 
 def _place() -> Path:
@@ -54,12 +70,8 @@ class _Inside:
             self.round, self.steps, self.damaged = number, 0, []
         if self.moves:
             self.moves.before(self.steps)
-        harm = _HARMS[self.job["damage"][int(number)]]
-        if self.steps == self.job["damage_at"] and harm:
-            self.damaged = _used(scheduler)[: self.job["damage_blocks"]]
-            for buffer in _buffers(scheduler):
-                for page in self.damaged:
-                    harm(buffer[page * scheduler.page_size : (page + 1) * scheduler.page_size])
+        if self.steps == self.job["damage_at"]:
+            self.damaged = _damage(scheduler, self.job["damage"][int(number)], self.job["damage_blocks"])
         self.steps += 1
         moved = self.moves.ordered if self.moves else 0
         text = json.dumps({"steps": self.steps, "damaged": self.damaged, "moved": moved})
@@ -80,7 +92,21 @@ def _used(scheduler: Any) -> list[int]:
 
 def _buffers(scheduler: Any) -> list[Any]:
     pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
-    return [*pool.k_buffer, *pool.v_buffer]
+    return list(pool.kv_buffer) if hasattr(pool, "kv_buffer") else [*pool.k_buffer, *pool.v_buffer]
+
+
+def _damage(scheduler: Any, harm: str, most: int) -> list[int]:
+    """Damages up to so many pages of running requests; returns which."""
+    if harm == "none":
+        return []
+    pages = _used(scheduler)[:most]
+    if harm == "unmap" and hasattr(scheduler.token_to_kv_pool_allocator, "ration"):
+        _give_away(scheduler)
+        return pages
+    for buffer in _buffers(scheduler):
+        for page in pages:
+            _HARMS[harm](buffer[page * scheduler.page_size : (page + 1) * scheduler.page_size])
+    return pages
 
 
 def _corrupt(rows: Any) -> None:
@@ -97,4 +123,23 @@ def _unmap(rows: Any) -> None:
             raise OSError(ctypes.get_errno(), f"munmap of {length} bytes")
 
 
-_HARMS = {"none": None, "corrupt": _corrupt, "unmap": _unmap}
+_HARMS = {"corrupt": _corrupt, "unmap": _unmap}
+
+
+def _give_away(scheduler: Any) -> None:
+    """What the plug-in must never do: its pool is told that nothing is in use, and unmaps every page itself.
+
+    SGLang's list and sums stay as they are, so nothing but the access to such a page can show it.
+    """
+    from elastickv.engines.sglang import session
+
+    engine, ration = session.current(), scheduler.token_to_kv_pool_allocator.ration
+    ration.pool.release(ration.held_ids().tolist())
+    ration.pool.give_all()
+    engine._fence(ration.pool.ticket())
+    until = time.monotonic() + _UNMAP_S
+    while ration.pool.stats()["transit"]:
+        if time.monotonic() > until:
+            raise TimeoutError(f"pages were not unmapped within {_UNMAP_S} s: {ration.pool.stats()}")
+        time.sleep(0.001)
+        ration.pool.poll()
