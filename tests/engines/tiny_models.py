@@ -91,6 +91,44 @@ def deepseek(path: Path) -> Path:
     )
 
 
+_YARN: Final[dict[str, Any]] = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 2.0,
+    "original_max_position_embeddings": 1024,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+"""SGLang 0.5.23 rotates latent rows on a CPU only in DeepSeek's own way."""
+
+
+def dense_mla(path: Path) -> Path:
+    """Latent attention alone: no experts, and rows of 64 numbers."""
+    from transformers import DeepseekV2Config
+
+    return _save(
+        DeepseekV2Config(
+            **COMMON,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            q_lora_rank=None,
+            kv_lora_rank=48,
+            qk_nope_head_dim=32,
+            qk_rope_head_dim=16,
+            v_head_dim=32,
+            first_k_dense_replace=4,
+            moe_layer_freq=1,
+            rope_parameters=_YARN,
+            n_routed_experts=1,
+            num_experts_per_tok=1,
+            n_group=1,
+            topk_group=1,
+        ),
+        path,
+    )
+
+
 def qwen3_moe(path: Path) -> Path:
     """Experts in every layer."""
     from transformers import Qwen3MoeConfig
