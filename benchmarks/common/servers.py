@@ -131,9 +131,10 @@ class Fleet:
     def up(self, *specs: Spec) -> list[Engine]:
         """Starts them and waits until all serve.
 
-        On a GPU one after another, each when the one before serves: no start disturbs another's profile.
+        On a GPU where the size of a cache is to be found out, one after another, each when the one before serves: no
+        start then disturbs another's profile.
         """
-        groups = [specs] if self.device == "host" else [(spec,) for spec in specs]
+        groups = [specs] if self.device == "host" or self.capacity else [(spec,) for spec in specs]
         servers: list[Engine] = []
         for group in groups:
             started = [self.start(spec) for spec in group]

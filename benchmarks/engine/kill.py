@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -30,7 +31,8 @@ FULL = {
     **options.ENGINE,
     "shape": "512+128",
     "times": 20,
-    "requests": 48,
+    "standby": 3,
+    "requests": 32,
     "rate": 8.0,
     "kv_size": "12GiB",
     "request_deadline": 120.0,
@@ -41,6 +43,7 @@ SMALL = {
     **options.SMALL,
     "shape": "64+32",
     "times": 1,
+    "standby": 1,
     "requests": 10,
     "rate": 5.0,
     "kv_size": "4MiB",
@@ -49,6 +52,7 @@ ABOUT = {
     **options.ABOUT,
     "shape": "tokens of prompt+answer",
     "times": "kills",
+    "standby": "victims that are started at the same moment; each is idle until it is its turn",
     "requests": "of the survivor in a round; the victim has as many at once",
     "rate": "arrivals a second at the survivor",
     "kv_size": "KV memory of both",
@@ -89,16 +93,19 @@ class Kills:
         # On a GPU the answers depend on the batch unless the kernels are told otherwise.
         exact = {} if self.fleet.device == "host" else {"VLLM_BATCH_INVARIANT": "1"}
         most = sum(self.shape) + 16
-        survivor, victim = (Spec(n, True, 0, False, self.chosen.seqs, most, {}, (), exact) for n in ("left", "right"))
-        (left,) = self.fleet.up(survivor)
+        (left,) = self.fleet.up(survivor := Spec("left", True, 0, False, self.chosen.seqs, most, {}, (), exact))
         alone = load.run(self.asked(left, self.arrivals()), self.chosen.request_deadline)
         self.result.account("without", "alone", alone)
         self.expected = [one.tokens for one in alone.outcomes]
+        victims: list[Engine] = []
         for number in range(self.chosen.times):
             if time.monotonic() > until:
                 self.result.note(f"{number} kills of {self.chosen.times}: --minutes was over")
                 break
-            (right,) = self.fleet.up(victim)
+            if not victims:
+                names = range(number, min(number + self.chosen.standby, self.chosen.times))
+                victims = self.fleet.up(*(replace(survivor, name=f"right-{name}") for name in names))
+            right = victims.pop(0)
             for side in ("without", "with") if number % 5 == 0 else ("with",):
                 self.round(left, right, side, number)
 
@@ -151,7 +158,7 @@ class Kills:
         return schedule.poisson(self.chosen.rate, self.chosen.requests, self.chosen.seed)
 
     def asked(self, server: Engine, arrivals: list[float]) -> list[load.Request]:
-        seed = self.chosen.seed + (server.name == "right")
+        seed = self.chosen.seed + (server.name != "left")
         return load.requests(server.url, server.name, arrivals, self.shape, self.fleet.model.vocabulary, seed)
 
     def rows(self) -> None:

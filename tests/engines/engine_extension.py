@@ -49,6 +49,12 @@ class WorkerExtension:
                 cache[block].fill_(0.25)
         return chosen
 
+    def corrupt_all_blocks(self: Any, count: int) -> list[int]:
+        """Overwrites the whole cache of a plain engine, whatever its tables are; `count` is not asked."""
+        for cache in self.model_runner.kv_caches:
+            cache.fill_(0.25)
+        return []
+
     def unmap_blocks(self: Any, count: int) -> list[int]:
         """Takes the memory away behind `count` blocks that running requests use, in every layer; returns which.
 

@@ -26,7 +26,7 @@ from elastickv.config import process_environment
 from engines.kinds import KINDS, Kind, Name
 
 Prompt = list[int] | str
-Damage = Literal["none", "corrupt", "unmap"]
+Damage = Literal["none", "corrupt", "corrupt_all", "unmap"]
 
 START_SECONDS: Final = 240.0
 ROUND_SECONDS: Final = 600.0
@@ -38,7 +38,8 @@ class Job:
 
     `core`: the CPU that the engine is bound to, None: all of them. `damage_at`: in every round, before this step,
     `damage_blocks` blocks in use are damaged: "corrupt" overwrites them, "unmap" takes the memory behind them away,
-    "none" leaves them alone; several words are for a round each.
+    "none" leaves them alone, "corrupt_all" overwrites every block that there is (of a plain engine); several words are
+    for a round each.
     `probe`: a method of the (first) worker, called before every step; a round has its answers.
     `engine` and `environment` are laid over the kind's own, `environment` over this process's own, too.
     `moves`: the fields of moves.Moves.
@@ -59,6 +60,8 @@ class Job:
     """A limit ordered before a step of a vLLM in one process: step, directory, device, name, limit, now."""
     moves: dict[str, Any] | None = None
     kind: Name = "vllm"
+    under: Sequence[str] = ()
+    """A program and its arguments that runs the engine's process, such as a checker of memory accesses."""
 
     def message(self) -> dict[str, Any]:
         return {
@@ -235,7 +238,7 @@ def start(job: Job) -> Iterator[Engine]:
     ):
         log = Path(place, "log")
         kind = KINDS[job.kind]
-        command = [sys.executable, str(kind.child), str(outward)]
+        command = [*job.under, sys.executable, str(kind.child), str(outward)]
         try:
             with log.open("wb") as file:
                 process = subprocess.Popen(

@@ -45,13 +45,17 @@ def plain(subject: Subject, request: pytest.FixtureRequest) -> list[list[int]]:
 def test_squeezed_by_a_neighbour_it_answers_as_a_plain_one(
     subject: Subject, caching: bool, tiny_llama: Path, plain: list[list[int]], directory: Path
 ) -> None:
-    """Addresses for 32 MiB, memory for 4, and a neighbour who has 1.9 of those and takes up to 1 more."""
+    """Addresses for 32 MiB, memory for 4, and a neighbour who has 2.75 of those and takes up to 0.25 more.
+
+    So there are 640 tokens for twelve requests of 160 on average. vLLM begins more of them than it can finish, and
+    preempts; SGLang begins fewer, and whether it has to retract one depends on which ends first.
+    """
     environment = subject.managed(directory, blocks=64, ELASTICKV_IDLE_RELEASE="0.2s")
     engine = subject.caching(caching)
     with start(subject.job(tiny_llama, ROUNDS, environment, engine=engine)) as running:
         running.wait_ready()
         assert running.blocks == 512 * 32 / subject.block_tokens
-        with greedy_neighbour(directory, base=30, most=16) as got:
+        with greedy_neighbour(directory, base=44, most=4) as got:
             running.go()
             running.wait_round()
             running.go()
@@ -61,7 +65,9 @@ def test_squeezed_by_a_neighbour_it_answers_as_a_plain_one(
         until(lambda: look(directory).tenant("one").usage.mapped_free == 0, 0.2 + 0.5 + 1.0)
         result = running.finish()
     assert differences(plain, result.tokens) == []
-    assert result.preemptions > 0
+    assert seen.counters.misses > 0
+    if subject is VLLM:
+        assert result.preemptions > 0
     assert (result.prefix_hits > 0) is caching
     assert sum(got) > 0
     assert seen.engine.startswith(subject.version)

@@ -6,49 +6,22 @@ are no scratch pages: an access to an address without memory ends the engine, an
 
 from __future__ import annotations
 
-import re
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from elastickv.config import Settings
 from elastickv.ledger import read_device
-from elastickv.memory import open_device_ledger
 from engines.harness import Job, Result, run, start
 from engines.oracle import differences, make_tiny_llama, tiny_prompts
+from gpu.serving import ENGINE, GPU, MIB, ledger_of, managed, say
 
-pytestmark = [pytest.mark.gpu, pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.gpu, pytest.mark.vllm, pytest.mark.slow, pytest.mark.usefixtures("vllm_on_gpu")]
 
-MIB = 1024 * 1024
-GPU = {"CUDA_VISIBLE_DEVICES": "0", "VLLM_BATCH_INVARIANT": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
-ENGINE: dict[str, Any] = {
-    "dtype": "bfloat16",
-    "enforce_eager": False,
-    "async_scheduling": True,
-    "block_size": 16,
-    "max_num_seqs": 64,
-    "num_gpu_blocks_override": None,
-    "gpu_memory_utilization": 0.3,
-    "skip_tokenizer_init": True,
-    "compilation_config": {
-        "mode": 0,
-        "cudagraph_mode": "FULL_DECODE_ONLY",
-        "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64],
-    },
-}
 PROMPTS = tiny_prompts(64)
 LIMIT = 96 * MIB
 """The 64 requests would like about 240 MiB."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def gpu() -> None:
-    pytest.importorskip("vllm")
-    torch = pytest.importorskip("torch")
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU here, or a torch without CUDA")
 
 
 @pytest.fixture(scope="module")
@@ -65,21 +38,6 @@ def job(model: Path, environment: dict[str, str] | None = None, rounds: int = 2,
         engine={**ENGINE, **engine},
         environment={**GPU, "VLLM_LOGGING_LEVEL": "INFO", **(environment or {})},
     )
-
-
-def managed(directory: Path, name: str, **more: str) -> dict[str, str]:
-    """Limits and capacities here are of the cache alone, so the weights are not leased."""
-    settings = {"VLLM_PLUGINS": "elastickv", "ELASTICKV": "1", "ELASTICKV_DIR": str(directory), "ELASTICKV_NAME": name}
-    return {**settings, "ELASTICKV_STATIC": "none", **more}
-
-
-def say(name: str, result: Result) -> None:
-    rates = ", ".join(f"{one.tokens_per_second:.0f}" for one in result.rounds)
-    print(f"\n{name}: start {result.start_seconds:.1f} s, {rates} tokens/s, {result.blocks} blocks")
-    print(f"  preemptions {result.preemptions}, prefix hits {result.prefix_hits}")
-    for line in result.log.splitlines():
-        if re.search(r"elastickv|attention backend|AttentionBackend|[Aa]synchronous scheduling|V2|layout", line):
-            print("  " + line[:300])
 
 
 @pytest.fixture(scope="module")
@@ -139,12 +97,6 @@ def test_two_engines_in_the_memory_of_one(model: Path, plain: Result, tmp_path: 
     view = read_device(ledger)
     assert view.living == ()
     assert sum(tenant.leased for tenant in view.tenants) == 0
-
-
-def ledger_of(directory: Path) -> Any:
-    (file,) = directory.glob("*.ledger")
-    settings = Settings.load(arguments={"directory": str(directory), "device": file.stem}, environ={})
-    return open_device_ledger(file.stem, settings)
 
 
 def test_the_block_size_is_raised_where_parts_would_be_small(tmp_path: Path) -> None:

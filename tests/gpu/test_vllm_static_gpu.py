@@ -16,39 +16,17 @@ from elastickv.memory import gpu as nvml
 from elastickv.memory import open_device_ledger
 from engines.harness import Engine, Job, Result, run, start
 from engines.oracle import differences, make_tiny_llama, tiny_prompts
+from gpu import serving
+from gpu.serving import GPU, MIB
 
-pytestmark = [pytest.mark.gpu, pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.gpu, pytest.mark.vllm, pytest.mark.slow, pytest.mark.usefixtures("vllm_on_gpu")]
 
-MIB, GIB = 1024 * 1024, 1024 * 1024 * 1024
-GPU = {"CUDA_VISIBLE_DEVICES": "0", "VLLM_BATCH_INVARIANT": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
-ENGINE: dict[str, Any] = {
-    "dtype": "bfloat16",
-    "enforce_eager": False,
-    "async_scheduling": True,
-    "block_size": 16,
-    "max_num_seqs": 64,
-    "num_gpu_blocks_override": None,
-    "kv_cache_memory_bytes": None,
-    "gpu_memory_utilization": 0.3,
-    "skip_tokenizer_init": True,
-    "compilation_config": {
-        "mode": 0,
-        "cudagraph_mode": "FULL_DECODE_ONLY",
-        "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64],
-    },
-}
+GIB = 1024 * MIB
+ENGINE = {**serving.ENGINE, "kv_cache_memory_bytes": None}
 PROMPTS = tiny_prompts(64)
 PAGE = 2 * MIB
 SLACK = 512 * MIB
 """Between what the device says is used and what is known of: the driver's own part changes with its clients."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def gpu() -> None:
-    pytest.importorskip("vllm")
-    torch = pytest.importorskip("torch")
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU here, or a torch without CUDA")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,130 @@
+"""vLLM on a real GPU with a model of real size (random weights in the shape of Llama-3.1-8B) and with real weights.
+
+Greedy, 64 prompts, answers of 128 tokens, CUDA graphs and asynchronous scheduling, chunked prefill, prefix hits,
+preemption, and pressure from a second engine. Batch-invariant kernels make two plain runs equal, so every difference is
+a fault.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elastickv.errors import NotFound
+from elastickv.ledger import read_device
+from engines.big_models import make_llama_8b
+from engines.harness import Job, Result, run, start
+from engines.oracle import differences
+from gpu.serving import ENGINE, GPU, MIB, ledger_of, managed, say
+
+pytestmark = [pytest.mark.gpu, pytest.mark.vllm, pytest.mark.slow, pytest.mark.usefixtures("vllm_on_gpu")]
+
+
+@dataclass(frozen=True)
+class Big:
+    """`ample`: bytes of cache in which nothing is preempted; `little`: in which much is. `floor`: different tokens in
+    an answer, on average, without which the oracle would be worth little."""
+
+    name: str
+    folder: Path
+    vocabulary: int
+    ample: int
+    little: int
+    floor: float
+
+
+@pytest.fixture(scope="module", params=["llama-8b", "smollm2"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Big:
+    if request.param == "llama-8b":  # 128 KiB of cache a token: the 64 requests would like 3.9 GiB
+        folder = make_llama_8b(tmp_path_factory.mktemp("models") / "llama-8b")
+        return Big("llama-8b", folder, 128_256, 6144 * MIB, 1280 * MIB, 16)
+    from elastickv.demo.model import ensure_model
+
+    try:  # 22.5 KiB a token: 700 MiB
+        return Big("smollm2", ensure_model(print), 49_152, 1024 * MIB, 256 * MIB, 8)
+    except NotFound as error:
+        pytest.skip(str(error))
+
+
+def prompts(vocabulary: int, count: int = 64, shared: int = 256) -> list[list[int]]:
+    """Of 100 to 700 tokens; every second one begins as the others do."""
+    rng = random.Random(0)
+
+    def tokens(length: int) -> list[int]:
+        return [rng.randrange(2, vocabulary) for _ in range(length)]
+
+    prefix = tokens(shared)
+    return [(prefix if i % 2 else []) + tokens(rng.randint(100, 450)) for i in range(count)]
+
+
+def job(big: Big, environment: dict[str, str] | None = None, rounds: int = 2, **more: Any) -> Job:
+    damage: Sequence[str] = more.pop("damage", ("none",) * rounds)
+    return Job(
+        big.folder,
+        [prompts(big.vocabulary)] * rounds,
+        max_tokens=128,
+        damage=damage,  # type: ignore[arg-type]
+        damage_at=60,
+        engine={**ENGINE, "max_model_len": 1024, "max_num_batched_tokens": 512, "gpu_memory_utilization": 0.2, **more},
+        environment={**GPU, "VLLM_LOGGING_LEVEL": "INFO", **(environment or {})},
+    )
+
+
+@pytest.fixture(scope="module")
+def plain(model: Big) -> Result:
+    """Two rounds that were left alone, and one whose cache was overwritten in the middle."""
+    damage = ("none", "none", "corrupt_all")
+    result = run(job(model, rounds=3, damage=damage, kv_cache_memory_bytes=model.ample))
+    say(f"plain {model.name}", result)
+    return result
+
+
+def expected(plain: Result) -> list[list[int]]:
+    return [line for part in plain.rounds[:2] for line in part.tokens]
+
+
+def test_the_oracle(model: Big, plain: Result) -> None:
+    """Two plain rounds are equal, answers are no short loops, and what the cache holds matters."""
+    first, second, hurt = plain.rounds
+    assert sum(len(set(line)) for line in first.tokens) / len(first.tokens) > model.floor
+    assert differences(first.tokens, second.tokens) == []
+    assert sum(second.cached) > 0
+    assert len(differences(first.tokens, hurt.tokens)) > 32
+
+
+@pytest.mark.parametrize("caching", [True, False], ids=["prefix-caching", "no-prefix-caching"])
+def test_with_little_memory(model: Big, plain: Result, tmp_path: Path, caching: bool) -> None:
+    environment = managed(tmp_path / "d", "one", ELASTICKV_LIMIT=str(model.little))
+    result = run(job(model, environment, enable_prefix_caching=caching))
+    say(f"managed {model.name}, little memory", result)
+    assert differences(expected(plain), result.tokens) == []
+    assert result.preemptions > 0
+    assert (result.prefix_hits > 0) is caching
+
+
+def test_two_engines_in_the_memory_of_one(model: Big, plain: Result, tmp_path: Path) -> None:
+    directory = tmp_path / "d"
+    more = {"ELASTICKV_CAPACITY": str(2 * model.little), "ELASTICKV_IDLE_RELEASE": "0.5"}
+    with ExitStack() as stack:
+        engines = [
+            stack.enter_context(start(job(model, managed(directory, name, **more)))) for name in ("left", "right")
+        ]
+        for engine in engines:
+            engine.wait_ready()
+        for engine in engines:
+            engine.go()
+        for engine in engines:
+            engine.wait_round()
+        view = read_device(ledger_of(directory))
+        results = [engine.finish() for engine in engines]
+    for result in results:
+        say(f"{model.name}, one of two", result)
+        assert differences(expected(plain), result.tokens) == []
+    assert sum(tenant.counters.misses for tenant in view.tenants) > 0
+    assert sum(tenant.leased for tenant in read_device(ledger_of(directory)).tenants) == 0
