@@ -58,7 +58,7 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="small sizes: is everything there?")
     parser.add_argument("--minutes", type=float, default=120.0, help="for all of them (120)")
     parser.add_argument("--device", default="auto", help="host, or a GPU's number; auto: GPU 0 where there is one")
-    parser.add_argument("--engine", default="vllm", help="vllm, or stand-in")
+    parser.add_argument("--engine", default="vllm", help="vllm, sglang or stand-in")
     parser.add_argument("--only", default="", help="names by commas, such as growth,burst")
     parser.add_argument("--output", type=Path, help="folder of the results (benchmarks/results/GPU, or cpu)")
     chosen = parser.parse_args()

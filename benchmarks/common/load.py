@@ -13,11 +13,15 @@ import threading
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 
 from benchmarks.common.schedule import Shape, prompts
+
+Form = Literal["completions", "generate"]
+"""How tokens are asked for: by vLLM's /v1/completions, or by SGLang's own /generate: its /v1/completions needs a
+tokenizer, and in 0.5.16 names no token ids."""
 
 START_S = 0.2
 """From the call until the first scheduled arrival, for the tasks to be made."""
@@ -32,6 +36,7 @@ class Request:
     model: str
     prompt: Sequence[int]
     answer: int
+    form: Form = "completions"
 
 
 @dataclass
@@ -113,11 +118,17 @@ class Load:
 
 
 def requests(
-    url: str, model: str, arrivals: Sequence[float], shape: Shape, vocabulary: int, seed: int
+    url: str,
+    model: str,
+    arrivals: Sequence[float],
+    shape: Shape,
+    vocabulary: int,
+    seed: int,
+    form: Form = "completions",
 ) -> list[Request]:
     """One request of that shape for each arrival, with random prompts."""
     made = prompts(len(arrivals), shape.prompt, vocabulary, seed)
-    return [Request(at, url, model, prompt, shape.answer) for at, prompt in zip(arrivals, made, strict=True)]
+    return [Request(at, url, model, prompt, shape.answer, form) for at, prompt in zip(arrivals, made, strict=True)]
 
 
 def run(load: Sequence[Request], deadline: float = 120.0, start: float | None = None) -> Load:
@@ -182,17 +193,9 @@ async def _one(client: httpx.AsyncClient, request: Request, start: float, deadli
 
 async def _ask(client: httpx.AsyncClient, request: Request, start: float, outcome: Outcome) -> None:
     await asyncio.sleep(max(0.0, start + request.arrival - time.monotonic()))
-    body = {
-        "model": request.model,
-        "prompt": list(request.prompt),
-        "max_tokens": request.answer,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-        "return_token_ids": True,
-    }
+    path, body = _message(request)
     outcome.sent = time.monotonic() - start
-    async with client.stream("POST", f"{request.url}/v1/completions", json=body) as answer:
+    async with client.stream("POST", f"{request.url}{path}", json=body) as answer:
         if answer.status_code != 200:
             raise ValueError(f"{answer.status_code}: {(await answer.aread())[:200]!r}")
         rest = b""
@@ -205,12 +208,23 @@ async def _ask(client: httpx.AsyncClient, request: Request, start: float, outcom
         raise ValueError(f"{len(outcome.tokens)} of {request.answer} tokens came")
 
 
+def _message(request: Request) -> tuple[str, dict[str, Any]]:
+    """Where it goes and what it says; greedy, and as long as was asked for."""
+    greedy = {"temperature": 0, "ignore_eos": True}
+    if request.form == "generate":
+        params = {**greedy, "max_new_tokens": request.answer}
+        return "/generate", {"input_ids": list(request.prompt), "sampling_params": params, "stream": True}
+    asked = {"model": request.model, "prompt": list(request.prompt), "max_tokens": request.answer, **greedy}
+    return "/v1/completions", {**asked, "stream": True, "return_token_ids": True}
+
+
 def _take(event: dict[str, Any], outcome: Outcome, now: float) -> None:
     if "error" in event:
         raise ValueError(f"the server said {event['error']}")
-    for choice in event["choices"]:
-        if choice["token_ids"]:
+    parts = [event["output_ids"]] if "output_ids" in event else [one["token_ids"] for one in event["choices"]]
+    for tokens in parts:
+        if tokens:
             if not outcome.tokens:
                 outcome.first = now
             outcome.last = now
-            outcome.tokens += choice["token_ids"]
+            outcome.tokens += tokens

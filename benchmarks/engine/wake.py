@@ -18,9 +18,10 @@ import httpx
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.common import load, options, schedule
+from benchmarks.common.engine_kinds import Spec
 from benchmarks.common.result import Result, Row, Target, gpu_uuid
 from benchmarks.common.schedule import Shape
-from benchmarks.common.servers import GIB, Fleet, Spec, plain_twin
+from benchmarks.common.servers import GIB, Fleet, plain_twin
 from benchmarks.common.stats import paired_ratio
 from elastickv.demo.engines import Engine
 from elastickv.memory import gpu
@@ -36,7 +37,11 @@ SLEEPS = {"VLLM_SERVER_DEV_MODE": "1", "ELASTICKV_STATIC": "auto"}
 def main() -> int:
     chosen = options.parse(__doc__, FULL, SMALL, ABOUT)
     if chosen.device == "host" or chosen.engine != "vllm":
-        what = "the stand-in has no sleep" if chosen.engine != "vllm" else "vLLM on the CPU ignores sleep"
+        what = (
+            f"it measures vLLM's sleep, not {chosen.engine}'s"
+            if chosen.engine != "vllm"
+            else "vLLM on the CPU ignores sleep"
+        )
         print(f"error: wake: {what}, so there is nothing to measure; run it on a machine with a GPU", file=sys.stderr)
         return 3
     shape = Shape.parse(chosen.shape)

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from benchmarks.common import load, schedule
+from benchmarks.common.engine_kinds import Spec
 from benchmarks.common.load import Background
 from benchmarks.common.result import FIELDS, ROOT, read
 from benchmarks.common.schedule import Shape
-from benchmarks.common.servers import MIB, Fleet, Spec, ended, plain_twin, processes, try_ready
+from benchmarks.common.servers import MIB, Fleet, ended, plain_twin, processes, try_ready
 from benchmarks.suite import TABLE
 from native_build import standin_libraries
 
@@ -218,7 +219,8 @@ def test_the_answers_of_the_stand_in_depend_on_its_memory_and_not_on_pressure(fl
 
 STARTS = """
 import sys, time
-from benchmarks.common.servers import MIB, Fleet, Spec, processes
+from benchmarks.common.engine_kinds import Spec
+from benchmarks.common.servers import MIB, Fleet, processes
 with Fleet("stand-in", "host", "tiny", 4 * MIB) as fleet:
     (server,) = fleet.up(Spec("orphan", True))
     print(fleet.place, *processes(server), flush=True)
@@ -265,14 +267,15 @@ PARSES = """
 import json
 from pathlib import Path
 from benchmarks.common.models import Model
-from benchmarks.common.servers import GIB, Fleet, Spec, plain_twin
+from benchmarks.common.engine_kinds import Spec
+from benchmarks.common.servers import GIB, Fleet, plain_twin
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 fleet = Fleet("vllm", "0", "llama-8b", 18 * GIB)
 fleet.model = Model(Path("."), 128256, True)
 managed = Spec("a", True, caching=True, arguments=("--enable-sleep-mode",))
 for spec in (managed, plain_twin(managed, "b", GIB)):
-    parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", ".", *fleet._vllm_arguments(spec)])
+    parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", ".", *fleet.arguments(spec)])
     print(json.dumps([parsed.kv_cache_memory_bytes, parsed.load_format, parsed.stream_interval]))
 """
 
