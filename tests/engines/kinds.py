@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,9 @@ VLLM: Final = Kind(
     plugin="VLLM_PLUGINS",
 )
 
+STUBS: Final = () if importlib.util.find_spec("torchvision") else (HERE / "sgl/stubs",)
+"""In place of torchvision, where there is none."""
+
 SGLANG: Final = Kind(
     name="sglang",
     child=HERE / "sgl/child.py",
@@ -95,7 +99,7 @@ SGLANG: Final = Kind(
         "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
     },
     private=("SGLANG_", "SGL_"),
-    path=(HERE / "sgl/stubs", HERE),
+    path=(*STUBS, HERE),
     threads=lambda core: {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
     plugin="SGLANG_PLUGINS",
     points="[sglang.srt.plugins]\nelastickv_tests = sgl.inside:register\n",
