@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 import pytest
 
 from benchmarks.common import load, schedule
-from benchmarks.common.load import Background, Load
+from benchmarks.common.load import Background, Form, Load
 from benchmarks.common.result import Row, Target
 from benchmarks.common.schedule import Shape
 from benchmarks.common.stats import percentile
@@ -24,6 +24,11 @@ SHAPE = Shape(4, 3)
 
 def event(*tokens: int) -> bytes:
     return f"data: {json.dumps({'choices': [{'index': 0, 'text': '', 'token_ids': list(tokens)}]})}\n\n".encode()
+
+
+def generated(*tokens: int) -> bytes:
+    """As SGLang's /generate says it."""
+    return f"data: {json.dumps({'output_ids': list(tokens), 'meta_info': {'id': 'a'}})}\n\n".encode()
 
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n"
@@ -37,6 +42,8 @@ ANSWERS: dict[str, list[bytes | float]] = {
     "not what was asked": [HEAD, b'data: {"choices": [{"index": 0}]}\n\n'],
     "silence": [HEAD, event(1), 30.0],
     "nothing": [],
+    "generated": [HEAD, generated(1), 0.05, generated(2, 3), b"data: [DONE]\n\n"],
+    "generated, with an error": [HEAD, generated(1), b'data: {"error": {"message": "out of luck"}}\n\n'],
 }
 
 
@@ -70,14 +77,18 @@ def server(answer: list[bytes | float]) -> Iterator[str]:
             thread.join(20)
 
 
-def ask(url: str, arrivals: list[float], deadline: float = 20.0) -> Load:
-    return load.run(load.requests(url, "m", arrivals, SHAPE, 256, seed=0), deadline)
+def ask(url: str, arrivals: list[float], deadline: float = 20.0, form: Form = "completions") -> Load:
+    return load.run(load.requests(url, "m", arrivals, SHAPE, 256, seed=0, form=form), deadline)
 
 
-@pytest.mark.parametrize("kind", ["fine", "split in the middle of a line"])
+def form_of(kind: str) -> Form:
+    return "generate" if kind.startswith("generated") else "completions"
+
+
+@pytest.mark.parametrize("kind", ["fine", "split in the middle of a line", "generated"])
 def test_tokens_and_their_times(kind: str) -> None:
     with server(ANSWERS[kind]) as url:
-        done = ask(url, [0.0, 0.1, 0.1])
+        done = ask(url, [0.0, 0.1, 0.1], form=form_of(kind))
     assert [one.error for one in done.outcomes] == ["", "", ""]
     assert [one.tokens for one in done.outcomes] == [[1, 2, 3]] * 3
     for one in done.outcomes:
@@ -95,11 +106,12 @@ def test_tokens_and_their_times(kind: str) -> None:
         ("garbage", "JSONDecodeError"),
         ("not what was asked", "KeyError"),
         ("nothing", "RemoteProtocolError"),
+        ("generated, with an error", "out of luck"),
     ],
 )
 def test_a_bad_answer_is_a_failure_with_its_reason(kind: str, text: str) -> None:
     with server(ANSWERS[kind]) as url:
-        done = ask(url, [0.0, 0.0])
+        done = ask(url, [0.0, 0.0], form=form_of(kind))
     assert len(done.outcomes) == len(done.failures) == 2
     assert all(text in one.error for one in done.failures), done.failures
     assert done.ttft() == [math.inf, math.inf]

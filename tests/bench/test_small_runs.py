@@ -18,7 +18,7 @@ from benchmarks.common.engine_kinds import Spec
 from benchmarks.common.load import Background
 from benchmarks.common.result import FIELDS, ROOT, read
 from benchmarks.common.schedule import Shape
-from benchmarks.common.servers import MIB, Fleet, ended, plain_twin, processes, try_ready
+from benchmarks.common.servers import GIB, MIB, Fleet, ended, plain_twin, processes, try_ready
 from benchmarks.suite import TABLE
 from native_build import standin_libraries
 
@@ -287,3 +287,35 @@ def test_vllm_knows_the_arguments_that_only_a_gpu_gets() -> None:
     assert done.returncode == 0, done.stdout[-2000:]
     last = done.stdout.splitlines()[-2:]
     assert last == ['[19327352832, "dummy", 16]', '[1073741824, "dummy", 16]']
+
+
+KNOWS = """
+import argparse, json
+from pathlib import Path
+from benchmarks.common.engine_kinds import Spec
+from benchmarks.common.models import prepare
+from benchmarks.common.servers import GIB, Fleet, plain_twin
+from sglang.srt.server_args import ServerArgs
+parser = argparse.ArgumentParser()
+ServerArgs.add_cli_args(parser)
+fleet = Fleet("sglang", "0", "llama-8b", 18 * GIB)
+fleet.model = prepare("llama-8b", Path("."))
+managed = Spec("a", True, caching=True, arguments=fleet.kind.exact[1])
+for spec in (managed, plain_twin(managed, "b", GIB)):
+    parsed = parser.parse_args(["--model", ".", "--served-model-name", "a", *fleet.arguments(spec)])
+    print(json.dumps([parsed.max_total_tokens, parsed.load_format, parsed.enable_deterministic_inference]))
+"""
+
+
+@pytest.mark.sglang
+@pytest.mark.slow
+def test_sglang_knows_the_arguments_that_only_a_gpu_gets(tmp_path: Path) -> None:
+    """A plain engine's cache is as large as the managed ones' memory, the padding page among it."""
+    stubs = str(ROOT / "tests/engines/sgl/stubs")
+    path = os.pathsep.join([str(ROOT), stubs, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    words = [sys.executable, "-W", "ignore", "-c", KNOWS]
+    done = subprocess.run(
+        words, capture_output=True, text=True, timeout=RUN_S, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-2:] == ['[null, "dummy", true]', f'[{GIB // (128 * 1024) - 16}, "dummy", true]']
