@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import pytest
 import elastickv
 from elastickv._core import Ledger
 from elastickv.ledger import DeviceView, read_device
-from engines.harness import Job
+from engines.harness import Engine, Job
 from engines.kinds import KINDS, Name
 
 CORES: Final = sorted(os.sched_getaffinity(0))
@@ -160,6 +161,46 @@ def until(what: Callable[[], bool], seconds: float) -> float:
         assert time.monotonic() - began < seconds, f"not so after {seconds} s"
         time.sleep(0.01)
     return time.monotonic() - began
+
+
+def kill(engine: Engine, title: bytes, directory: Path) -> None:
+    """SIGKILL of a process of the only engine in memory: all of it comes back, and the ledger tells the truth."""
+    (pid,) = titled(engine, title)
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: look(directory).held == 0, 60)
+    view = look(directory)
+    assert not any(tenant.alive for tenant in view.tenants)
+    with elastickv.open_device("host", directory=str(directory)) as device:
+        blocks = view.capacity // BLOCK
+        cache = device.join("next").cache(num_blocks=blocks, block_bytes=BLOCK)
+        assert cache.alloc(blocks * 9 // 10) is not None
+
+
+def titled(engine: Engine, title: bytes) -> list[int]:
+    """The processes of an engine whose titles begin so."""
+    by_title = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in engine.pids}
+    return [pid for pid, found in by_title.items() if found.startswith(title)]
+
+
+@contextmanager
+def nothing_left(directory: Path, always: int) -> Iterator[None]:
+    """A neighbour has all memory that the other tenant, who is idle, does not hold for good."""
+    view = look(directory)
+    with (
+        elastickv.open_device("host", directory=str(directory)) as device,
+        device.join("neighbour", page=BLOCK // 4).cache(
+            num_blocks=view.capacity // (BLOCK // 4), block_bytes=BLOCK // 4
+        ) as cache,
+    ):
+
+        def full() -> bool:
+            while cache.alloc(1) is not None:
+                pass
+            now = look(directory)
+            return now.held == now.capacity and now.tenant("one").leased == always
+
+        until(full, 60)
+        yield
 
 
 @contextmanager

@@ -13,35 +13,48 @@ import pytest
 from engines.conftest import TINY_PROMPTS, PlainSGLang
 from engines.harness import start
 from engines.oracle import differences
-from engines.subjects import BLOCK, CORES, SGLANG, look
+from engines.subjects import BLOCK, CORES, SGLANG, kill, look, until
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
 BLOCKS = 64
-FORMS: dict[str, tuple[int, dict[str, Any]]] = {
-    "page-1": (1, {"page_size": 1}),
-    "page-16": (1, {"page_size": 16}),
+FORMS: dict[str, tuple[dict[str, Any], bytes]] = {
+    "page-1": ({"page_size": 1}, b""),
+    "page-16": ({"page_size": 16}, b""),
+    "page-1-tensor": ({"page_size": 1, "tp_size": 2}, b"sglang::scheduler_TP1"),
+    "page-16-pipeline": ({"page_size": 16, "pp_size": 2}, b"sglang::scheduler_PP1"),
 }
+"""Arguments, and how the title of the second rank's process begins."""
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_answers_are_those_of_a_plain_engine(
     form: str, tiny_llama: Path, plain_sglang: PlainSGLang, directory: Path
 ) -> None:
-    """48 requests in 4 MiB and in 1 MiB, by turns of three steps; they would take 6 MiB together."""
-    ranks, engine = FORMS[form]
+    """48 requests in 4 MiB and in 1 MiB, by turns of three steps; they would take 6 MiB together.
+
+    In the end one of two ranks is killed while it works.
+    """
+    engine, second = FORMS[form]
+    ranks = 2 if second else 1
     full = BLOCKS * BLOCK
     moves = {"directory": str(directory), "device": "host", "name": "one", "every": 3, "limits": [full // 4, full]}
     environment = SGLANG.managed(directory, blocks=BLOCKS, **(SGLANG.rank_environment if ranks > 1 else {}))
     core = None if ranks > 1 else CORES[0]
-    job = SGLANG.job(tiny_llama, [TINY_PROMPTS] * 2, environment, engine=engine, moves=moves, core=core)
+    rounds = [TINY_PROMPTS] * 2 + [TINY_PROMPTS * 4] * (ranks > 1)
+    job = SGLANG.job(tiny_llama, rounds, environment, engine=engine, moves=moves, core=core)
     with start(job) as running:
-        for _ in job.rounds:
+        tokens = []
+        for _ in range(2):
             running.go()
             done = running.wait_round()
+            tokens += done.tokens
         seen = look(directory).tenant("one")
-        result = running.finish()
-    assert differences(plain_sglang.tokens, result.tokens) == []
+        if second:
+            running.go()
+            until(lambda: look(directory).tenant("one").usage.used > 4 * BLOCK, 60)
+            kill(running, second, directory)
+    assert differences(plain_sglang.tokens, tokens) == []
     assert done.moved > 40
     assert sum(seen.histograms.unmap.counts) >= 5 * ranks
     assert seen.counters.evicted_limit > 0
