@@ -130,6 +130,32 @@ class Play:
                 self.begin(self.random.choice([1, 1, 2, 5, 20]))
             self.check()
 
+    def wanted_again(self, ledger: Any) -> None:
+        """Demand comes back while memory is on its way out: nothing of that is handed out before the way has ended."""
+        pool = self.cache.pool
+        ledger.order_limit("one", CAPACITY)
+        self.look()
+        self.begin(200)
+        self.allocator.free(self.running.pop())
+        ledger.order_limit("one", CAPACITY // 4)
+        end = time.monotonic() + 30
+        while pool.stats()["transit"] < CAPACITY // 2:  # ordered, and no rank has recorded a fence for it
+            assert time.monotonic() < end
+            self.ration.look()
+        ledger.order_limit("one", CAPACITY)
+        refused = self.refused
+        self.begin(200)
+        self.check()
+        assert self.refused == refused + 1
+        assert pool.stats()["transit"] > CAPACITY // 2
+        self.fenced = self.ration.ticket
+        self.memory.fence(self.fenced)
+        self.until("the way out", lambda: pool.poll() is None and pool.stats()["transit"] == 0)
+        self.begin(200)
+        assert len(self.running) == 1
+        self.allocator.free(self.running.pop())
+        self.check()
+
     def until(self, what: str, done: Any) -> None:
         limit = time.monotonic() + 30
         while not done():
@@ -161,7 +187,7 @@ def main() -> None:
     refused = play.refused
     play.begin(CAPACITY // 4 // BLOCK_BYTES + 1)  # beyond the limit: it has to wait, whatever else is going on
     assert play.refused == refused + 1
-    ledger.order_limit("one", CAPACITY)
+    play.wanted_again(ledger)
     play.begin(200)
     play.end()
     taken = 0
