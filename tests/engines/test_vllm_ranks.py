@@ -144,14 +144,15 @@ def test_what_sleeps_is_not_on_the_device(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_while_it_loads_a_gpu_worker_says_what_it_has(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
-    from elastickv.engines.vllm import footprint
+    from elastickv.engines import footprint
+    from elastickv.engines.vllm.footprint import measure
 
     Torch(monkeypatch, reserved=800, peak=1000, process=1700)
     monkeypatch.setattr(footprint, "_EVERY_S", 0.01)
     one = settings(directory=str(directory), name="one", capacity=64 * MIB)
     tenancy = Tenancy.join(one, ["host"])
     member = attach_member(tenancy.place(["host"], publishes=True)[0])
-    publisher = footprint.Publisher(worker(), member, True)
+    publisher = footprint.Publisher(member, lambda: measure(worker()), True)
     ledger = Ledger.open(str(directory), "host")
     publisher.start()
     end = time.monotonic() + 30

@@ -14,6 +14,7 @@ from elastickv.engines.sglang import gate, ranks
 from elastickv.engines.sglang.allocator import ElasticPagedAllocator, ElasticTokenAllocator, adopt
 from elastickv.engines.sglang.bell import Bell
 from elastickv.engines.sglang.channel import Channel
+from elastickv.engines.sglang.holdings import Holdings
 from elastickv.engines.sglang.layout import Rows
 from elastickv.engines.sglang.ration import Ration
 from elastickv.errors import DeadlineExceeded, EngineRefused, Unavailable
@@ -70,6 +71,7 @@ class Session:
         """Of the rank that decides."""
         self.cache: Cache | None = None
         self.memory: RankMemory | None = None
+        self.holdings: Holdings | None = None
         self.channel = Channel()
         self._ration: Ration | None = None
         self._asking: Asking | None = None
@@ -82,16 +84,23 @@ class Session:
     # --- start
 
     def begin(self, scheduler: Any) -> None:
-        """Refuses what cannot be managed, and joins the ledgers; nothing is loaded yet."""
+        """Refuses what cannot be managed, joins the ledgers, and leases the weights; nothing is loaded yet."""
         self.scheduler = scheduler
         gate.check_arguments(scheduler.server_args)
         self.rank, self.devices = ranks.expected(self.settings)
         if self.rank == 0:
             self.tenancy = Tenancy.join(self.settings, self.devices, engine=f"sglang {self.version}")
             self.tenancy.watch_limits()
+        self.holdings = Holdings.begin(self.tenancy, self.devices, self.rank, scheduler, self._while_waiting)
+
+    def _while_waiting(self) -> None:
+        """What must go on while the engine waits for memory beside its cache."""
+        if self._ration is not None and self._ration.tree is not None:
+            self.tick()
 
     def virtual_bytes(self) -> int:
-        """How far the addresses of one rank reach, in bytes; the same on every rank."""
+        """How far the addresses of one rank reach, in bytes; the same on every rank. The model has been loaded."""
+        self._need(self.holdings).loaded()
         mine = 0
         if self.tenancy is not None:
             shares = [
@@ -117,7 +126,7 @@ class Session:
             self.cache = self._make_cache(blocks, geometries, rows.name)
             specs = [self.cache.rank_spec(rank) for rank in range(len(geometries))]
         blocks, specs = ranks.from_first((blocks, specs))
-        self.memory = RankMemory.attach(specs[self.rank], allow_context=True)
+        self.memory = self._need(self.holdings).memory = RankMemory.attach(specs[self.rank], allow_context=True)
         tensor = torch.from_dlpack(self.memory)
         self.memory.wait_block0(READY_S)
         pool = None
@@ -151,7 +160,9 @@ class Session:
     def engaged(self, scheduler: Any) -> None:
         """Proves that everything is in place, or refuses; then begins to look after the engine."""
         ration = self._need(self._ration)
+        holdings = self._need(self.holdings)
         gate.check_engaged(scheduler, self)
+        holdings.ready()
         self._bound_requests(scheduler)
         ration.tree = scheduler.tree_cache
         ration.is_idle = scheduler.is_fully_idle
@@ -161,7 +172,7 @@ class Session:
         if self.tenancy is None or self.cache is None:
             return
         self.tenancy.stop_watching()
-        _logger.info("%s", self.cache.describe())
+        _logger.info("%s, %s", self.cache.describe(), holdings.describe())
         if scheduler.idle_sleeper is not None:
             self._bell = Bell(self.cache.pool)
             self._woken = self._bell.hang(scheduler.idle_sleeper)
@@ -218,6 +229,7 @@ class Session:
         if ration is None or ration.tree is None:
             return
         self._woken()
+        self._need(self.holdings).tick()
         ticket = ration.look()
         if ticket > self._fenced:
             self._fence(ticket)
@@ -276,6 +288,9 @@ class Session:
         if self.memory is not None:
             memory, self.memory = self.memory, None
             memory.close()
+        if self.holdings is not None:
+            holdings, self.holdings = self.holdings, None
+            holdings.close()
         if self.tenancy is not None:
             tenancy, self.tenancy = self.tenancy, None
             tenancy.close()

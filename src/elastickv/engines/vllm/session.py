@@ -10,10 +10,10 @@ from typing import Any, Final, TypeVar
 from vllm.logger import init_logger
 
 from elastickv.config import Settings
+from elastickv.engines.static import Footprint, StaticLease
 from elastickv.engines.vllm import budget, cpu_sleep, gate, geometry, preempt, ranks, scheduler, weights, window
 from elastickv.engines.vllm.blockpool import ElasticBlockPool
 from elastickv.engines.vllm.idle import EngineSteward
-from elastickv.engines.vllm.static import Footprint, StaticLease
 from elastickv.errors import DeadlineExceeded, EngineRefused, Unavailable
 from elastickv.memory import Cache, RankGeometry, Tenancy, device_page
 from elastickv.planning.static import static_bytes
@@ -106,7 +106,7 @@ class Session:
         self.ranks = ranks.expected(self.config, self.settings)
         self.tenancy = Tenancy.join(self.settings, self.ranks, engine=f"vllm {self.version}")
         self.tenancy.watch_limits()
-        self._static = static = StaticLease(self.tenancy, self.ranks, self._while_waiting)
+        self._static = static = StaticLease(self.tenancy, self.ranks, self._while_waiting, _logger)
         self.config.elastickv_place = self.tenancy.place(self.ranks, publishes=static.counted)
         if static.counted:
             on_gpu = "host" not in self.ranks

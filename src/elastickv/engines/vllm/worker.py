@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import torch
 
+from elastickv.engines.footprint import Publisher
 from elastickv.engines.vllm import cpu_sleep, footprint, session, watch
 from elastickv.engines.vllm.backing import Backing
 from elastickv.engines.vllm.scheduler import TICKET
@@ -43,8 +44,7 @@ def _footprint(worker: Any) -> dict[str, Any]:
     """What the rank has besides its cache. From the first time on it is published when it is asked for only."""
     publisher = worker.elastickv_publisher
     publisher.stop()
-    found: dict[str, Any] = publisher.publish()
-    return found
+    return dict(publisher.publish())
 
 
 def _report(worker: Any) -> dict[str, Any]:
@@ -95,8 +95,10 @@ def _load_model(original: Method) -> Method:
         member = attach_member(place[self.rank])
         if here is not None:
             here.members.append(member)
-        self.elastickv_publisher = footprint.Publisher(self, member, place[self.rank]["publishes"])
-        self.elastickv_publisher.start()
+        publishes = place[self.rank]["publishes"]
+        self.elastickv_publisher = Publisher(member, lambda: footprint.measure(self), publishes)
+        if self.device.type == "cuda":
+            self.elastickv_publisher.start()
         self.elastickv_sleeper = cpu_sleep.begin(self)
         with _recording(self):
             return original(self, *args, **kwargs)

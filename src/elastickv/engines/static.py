@@ -1,11 +1,10 @@
-"""What a vLLM engine holds besides its cache, on the ledger: leased before it loads, corrected when it has loaded."""
+"""What an engine holds besides its cache, on the ledger: leased before it loads, corrected when it has loaded."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
-
-from vllm.logger import init_logger
 
 from elastickv.config import Settings
 from elastickv.errors import ElasticKVError, EngineRefused
@@ -14,11 +13,9 @@ from elastickv.units import format_size
 
 __all__ = ["Footprint", "StaticLease"]
 
-_logger = init_logger("vllm.elastickv")
-
 Footprint = Mapping[str, Any]
 """What a rank has besides its cache; bytes. used: on the device now. peak: the most since it was loaded. asleep: by
-vLLM's tag, what was given up and comes back when it wakes. See footprint.py."""
+the engine's tag, what was given up and comes back when it wakes. See footprint.py."""
 
 _WHAT: Final = "weights, graphs and activations"
 
@@ -26,12 +23,15 @@ _WHAT: Final = "weights, graphs and activations"
 class StaticLease:
     """One engine's static bytes. `ranks`: each rank's device. Belongs to the engine's thread."""
 
-    def __init__(self, tenancy: Tenancy, ranks: Sequence[str], meanwhile: Callable[[], None]) -> None:
+    def __init__(
+        self, tenancy: Tenancy, ranks: Sequence[str], meanwhile: Callable[[], None], logger: logging.Logger
+    ) -> None:
+        """`meanwhile`: called again and again while a lease has to wait."""
         self._tenancy = tenancy
         self._settings: Settings = tenancy.settings
         self._ranks = list(ranks)
         self._meanwhile = meanwhile
-        self._estimate = 0
+        self._logger = logger
         self._awake: dict[str, int] = {}
 
     @property
@@ -53,13 +53,12 @@ class StaticLease:
         """
         if not self.counted:
             return
-        self._estimate = sum(estimates)
         amounts = list(estimates) if self.fixed is None else [self.fixed] * len(self._ranks)
         try:
             self._set(self._by_device(amounts))
         except ElasticKVError as error:
             raise EngineRefused(f"elastickv does not start this engine: {error.message}") from error
-        _logger.info("elastickv has leased %s for %s", self.describe(), _WHAT)
+        self._logger.info("elastickv has leased %s for %s", self.describe(), _WHAT)
 
     def true_up(self, footprints: Sequence[Footprint], *, more_to_come: bool) -> None:
         """Corrects the lease to what the ranks have taken. `more_to_come`: graphs are captured later."""
@@ -104,7 +103,7 @@ class StaticLease:
         self._set(wanted)
 
     def _set(self, wanted: Mapping[str, int]) -> None:
-        self._tenancy.set_static(wanted, self._settings.start_wait, _WHAT, _logger.warning, self._meanwhile)
+        self._tenancy.set_static(wanted, self._settings.start_wait, _WHAT, self._logger.warning, self._meanwhile)
 
     def _by_device(self, amounts: Sequence[int]) -> dict[str, int]:
         return {

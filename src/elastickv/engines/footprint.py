@@ -1,0 +1,96 @@
+"""What one rank has on its device besides its cache, and how the ledger learns of it. Runs in the rank's process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+import torch
+
+from elastickv import _core
+from elastickv.engines.static import Footprint
+from elastickv.errors import ElasticKVError
+from elastickv.memory import gpu
+
+__all__ = ["Publisher", "on_gpu", "storage_bytes"]
+
+_EVERY_S: Final = 0.25
+
+_CONTEXT: Final = 640 * 1024 * 1024
+"""Of a process outside of PyTorch's allocator, where NVML does not say: CUDA's context, kernels, NCCL, workspaces."""
+
+
+def on_gpu(
+    device: torch.device | str | int, uuid: str, mapped: int, asleep: dict[str, int], logger: logging.Logger
+) -> dict[str, Any]:
+    """Bytes: used now, and the peak since PyTorch's statistics were reset; `asleep` is passed on.
+
+    `uuid`: the device's name on the ledger; `mapped`: of the cache; `asleep`: by tag, what PyTorch still counts and
+    the device does not have any more.
+    """
+    reserved = torch.cuda.memory_reserved(device) - sum(asleep.values())
+    besides = _besides(uuid, reserved + mapped, logger)
+    peak = torch.cuda.max_memory_reserved(device)
+    return {"used": reserved + besides, "peak": max(reserved, peak) + besides, "asleep": asleep}
+
+
+def _besides(uuid: str, known: int, logger: logging.Logger) -> int:
+    """What the process has besides PyTorch's and the cache's memory."""
+    try:
+        seen = gpu.process_memory(uuid, os.getpid())
+    except ElasticKVError as error:
+        logger.warning("elastickv estimates what this rank has besides PyTorch's memory: %s", error)
+        seen = None
+    return _CONTEXT if seen is None else max(0, seen - known)
+
+
+def storage_bytes(models: Iterable[torch.nn.Module]) -> int:
+    """Of all parameters and buffers, each storage once, whoever shares it."""
+    storages: dict[int, int] = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for model in models
+        for tensor in (*model.parameters(), *model.buffers())
+    }
+    return sum(storages.values())
+
+
+class Publisher:
+    """Says on the ledger what this rank has of the static lease, so that it is not taken for somebody else's.
+
+    On a GPU a thread says it again and again while the engine loads and captures its graphs.
+    """
+
+    def __init__(self, member: _core.Tenant, measure: Callable[[], Footprint], wanted: bool) -> None:
+        """`wanted`: there is a static lease."""
+        self._member = member
+        self._measure = measure
+        self._wanted = wanted
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begins to publish from a thread."""
+        if self._wanted:
+            self._thread = threading.Thread(target=self._run, name="elastickv-footprint", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stopping.wait(_EVERY_S):
+            self._member.publish_static_used(int(self._measure()["used"]))
+
+    def stop(self) -> None:
+        """Ends the thread."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._stopping.set()
+            thread.join(5.0)
+
+    def publish(self) -> Footprint:
+        """Measures, publishes, and returns what was measured."""
+        found = self._measure()
+        if self._wanted:
+            self._member.publish_static_used(int(found["used"]))
+        return found
