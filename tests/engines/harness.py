@@ -30,6 +30,9 @@ Damage = Literal["none", "corrupt", "corrupt_all", "unmap"]
 
 START_SECONDS: Final = 240.0
 ROUND_SECONDS: Final = 600.0
+END_SECONDS: Final = 5.0
+UNDER_SECONDS: Final = 90.0
+"""A checker writes its summary when the process has ended in order."""
 
 
 @dataclass(frozen=True)
@@ -260,7 +263,7 @@ def start(job: Job) -> Iterator[Engine]:
                 process.stdin.flush()
             yield engine
         finally:
-            _end(process)
+            _end(process, UNDER_SECONDS if job.under else END_SECONDS)
 
 
 def run(job: Job) -> Result:
@@ -286,13 +289,13 @@ def _environment(kind: Kind, job: Job, place: Path) -> dict[str, str]:
     return environment
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    """A few seconds to leave in order, then the whole group is killed."""
+def _end(process: subprocess.Popen[str], seconds: float) -> None:
+    """Some seconds to leave in order, then the whole group is killed."""
     if process.stdin is not None:
         with suppress(OSError):
             process.stdin.close()
     with suppress(subprocess.TimeoutExpired):
-        process.wait(5)
+        process.wait(seconds)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait(10)
