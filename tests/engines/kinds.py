@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
 HERE: Final = Path(__file__).resolve().parent
 
-Name = Literal["vllm", "sglang"]
+OLDER_SGLANG: Final = Path(sys.prefix) / "sglang-0.5.16"
+"""Where scripts/setup puts the oldest SGLang that is managed, beside the other one."""
+
+Name = Literal["vllm", "sglang", "sglang_0_5_16"]
 
 
 @dataclass(frozen=True)
@@ -108,4 +112,12 @@ SGLANG: Final = Kind(
     points="[sglang.srt.plugins]\nelastickv_tests = sgl.inside:register\n",
 )
 
-KINDS: Final[dict[Name, Kind]] = {"vllm": VLLM, "sglang": SGLANG}
+# Its kernels for larger pages are for GPUs alone.
+SGLANG_0_5_16: Final = replace(
+    SGLANG,
+    name="sglang_0_5_16",
+    arguments={**SGLANG.arguments, "page_size": 1},
+    path=(OLDER_SGLANG, HERE / "sgl/stubs_0_5_16", *SGLANG.path),
+)
+
+KINDS: Final[dict[Name, Kind]] = {"vllm": VLLM, "sglang": SGLANG, "sglang_0_5_16": SGLANG_0_5_16}

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -141,6 +141,15 @@ SGLANG: Final = Subject(
     limit_refused="",
     large_blocks={"page_size": 512},
     block_refused="",
+)
+
+SGLANG_0_5_16: Final = replace(
+    SGLANG,
+    kind="sglang_0_5_16",
+    block_tokens=1,
+    version="sglang 0.5.16",
+    always=BLOCK // 4,  # the padding token's
+    two_ranks={},
 )
 
 EACH: Final = [

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from elastickv.engines import adapter
-from elastickv.engines.sglang import gate, retract
+from elastickv.engines.sglang import gate, releases, retract
 from elastickv.errors import EngineRefused
 
 torch = pytest.importorskip("torch")
@@ -16,17 +16,34 @@ torch = pytest.importorskip("torch")
 PLAIN = {name: plain for name, (plain, _, _) in gate.REFUSED.items()}
 
 
-@pytest.mark.parametrize("version", ["0.5.16", "0.5.22", "0.6.0", "1.0", "what"])
+@pytest.mark.parametrize("version", ["0.5.15.post1", "0.5.17", "0.5.22", "0.6.0", "1.0", "what"])
 def test_other_versions_are_refused(version: str) -> None:
-    with pytest.raises(
-        EngineRefused, match=r"SGLang .* is written for SGLang >=0\.5\.23,<0\.6; install such a version"
-    ):
-        gate.check_version(version)
+    with pytest.raises(EngineRefused) as caught:
+        releases.find(version)
+    assert str(caught.value) == (
+        f"elastickv cannot manage SGLang {version}: it is written for SGLang 0.5.16 or >=0.5.23,<0.6; "
+        "install such a version, or unset ELASTICKV to serve without it"
+    )
 
 
-@pytest.mark.parametrize("version", ["0.5.23", "0.5.24.post1", "0.5.30rc1"])
-def test_these_versions_are_managed(version: str) -> None:
-    gate.check_version(version)
+@pytest.mark.parametrize(
+    ("version", "release"),
+    [
+        ("0.5.16", "0.5.16"),
+        ("0.5.23", ">=0.5.23,<0.6"),
+        ("0.5.24.post1", ">=0.5.23,<0.6"),
+        ("0.5.30rc1", ">=0.5.23,<0.6"),
+    ],
+)
+def test_these_versions_are_managed(version: str, release: str) -> None:
+    assert releases.find(version).versions == release
+
+
+@pytest.mark.parametrize("version", ["0.5.16", "0.5.23"])
+def test_every_hook_of_a_release_is_checked_before_it_is_put_on(version: str) -> None:
+    release = releases.find(version)
+    checked = {f"{seam.module}.{seam.name}" for seam in release.seams}
+    assert {hook.target for hook in release.hooks} <= checked
 
 
 def test_plain_arguments_are_managed() -> None:
@@ -115,9 +132,10 @@ def test_a_backend_that_wants_whole_layers_gets_them() -> None:
 
     pool = SimpleNamespace(page_size=16, size=160, layer_num=2, store_dtype=torch.float32)
     shapes = ((2, 8), (2, 8))
-    assert layout_for(pool, "mha", shapes, {"triton"}).strided
-    assert not layout_for(pool, "mha", shapes, {"triton", "other"}).strided
-    assert not layout_for(pool, "mha", shapes, {"None"}).strided
-    assert layout_for(pool, "mha", shapes, {"triton"}).blocks == 11
+    strided = frozenset({"triton", "fa3"})
+    assert layout_for(pool, "mha", shapes, {"triton"}, strided).strided
+    assert not layout_for(pool, "mha", shapes, {"triton", "other"}, strided).strided
+    assert not layout_for(pool, "mha", shapes, {"None"}, strided).strided
+    assert layout_for(pool, "mha", shapes, {"triton"}, strided).blocks == 11
     with pytest.raises(EngineRefused, match="choose one of fa3"):
-        layout_for(pool, "mha", ((2, 8), (2, 4)), {"other"})
+        layout_for(pool, "mha", ((2, 8), (2, 4)), {"other"}, strided)

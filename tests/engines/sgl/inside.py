@@ -84,7 +84,8 @@ def _used(scheduler: Any) -> list[int]:
     table = scheduler.req_to_token_pool.req_to_token
     pages: dict[int, None] = {}
     for request in scheduler.running_batch.reqs:
-        slots = table[request.kv.req_pool_idx, : len(request.origin_input_ids)].tolist()
+        row = request if hasattr(request, "req_pool_idx") else request.kv  # 0.5.16 has it with the request
+        slots = table[row.req_pool_idx, : len(request.origin_input_ids)].tolist()
         pages.update(dict.fromkeys(slot // scheduler.page_size for slot in slots))
     pages.pop(0, None)
     return list(pages)

@@ -6,8 +6,9 @@ from importlib import metadata
 from typing import Final
 
 from elastickv.config import process_environment
+from elastickv.engines import seams
 from elastickv.engines.base import Adapter, Server
-from elastickv.engines.sglang import gate
+from elastickv.engines.sglang import releases
 from elastickv.errors import ElasticKVError
 
 __all__ = ["ADAPTER"]
@@ -20,7 +21,7 @@ _CHOICE: Final = "SGLANG_PLUGINS"
 
 class _Sglang:
     name = "sglang"
-    versions = gate.VERSIONS
+    versions = releases.VERSIONS
     server = Server(
         module="sglang.launch_server",
         model_option="--model-path",
@@ -41,17 +42,14 @@ class _Sglang:
     def problems(self) -> list[str]:
         version = self.installed_version()
         if version is None:
-            return [f"SGLang is not installed here; install sglang {gate.VERSIONS}"]
+            return [f"SGLang is not installed here; install sglang {releases.VERSIONS}"]
         points = metadata.entry_points(group="sglang.srt.plugins")
         found = [] if any(point.name == _PLUGIN for point in points) else [_NOT_REGISTERED]
         if self.environment():
             chosen = process_environment().get(_CHOICE)
             found.append(f"{_CHOICE}={chosen!r} keeps the plug-in out; add {_PLUGIN} to it or unset it")
         try:
-            gate.check_version(version)
-            from elastickv.engines.sglang import seams
-
-            seams.check(version)
+            seams.check(f"SGLang {version}", releases.find(version).seams)
         except ElasticKVError as error:
             found.append(error.message)
         except ImportError as error:

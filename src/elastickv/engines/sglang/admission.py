@@ -17,10 +17,7 @@ class ElasticPrefillBudget(PrefillBudget):  # type: ignore[misc]
     """For one pass over the waiting requests."""
 
     def _secured(self, tokens: int) -> bool:
-        """Whether what was admitted in this pass and `tokens` more have memory, or cached prefixes to take it from."""
-        need = self.current_offset + self.ceil_paged_tokens(tokens) + self.page_size
-        have = self.allocator.secure(need) + self.tree_cache.evictable_size()
-        return bool(have >= need)
+        return bool(self.allocator.admits(self.tree_cache, promised=self.current_offset, tokens=tokens))
 
     def check_prefill(
         self, *, extend_input_len: int, chunk_limit: int | None, **kwargs: Any
@@ -36,9 +33,4 @@ class ElasticPrefillBudget(PrefillBudget):  # type: ignore[misc]
 
     def available_chunk_tokens(self, chunk_limit: int) -> int | None:
         """The next chunk of a request that has begun; None: it waits. SGLang's own budget lets it go on regardless."""
-        self._secured(chunk_limit)
-        have = self.allocator.secure(0) + int(self.tree_cache.evictable_size())
-        room = have - self.current_offset - self.page_size
-        if room >= chunk_limit:
-            return chunk_limit
-        return room // self.page_size * self.page_size if room >= self.page_size else None
+        return self.allocator.room(self.tree_cache, promised=self.current_offset, tokens=chunk_limit) or None

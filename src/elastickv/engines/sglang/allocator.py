@@ -17,10 +17,10 @@ from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
-from elastickv.engines.sglang.admission import ElasticPrefillBudget
 from elastickv.errors import EngineRefused
 
 if TYPE_CHECKING:
+    from elastickv.engines.sglang.admission import ElasticPrefillBudget
     from elastickv.engines.sglang.ration import Ration, Runs
 
 __all__ = ["ElasticPagedAllocator", "ElasticTokenAllocator", "adopt"]
@@ -101,10 +101,22 @@ class _Elastic(BaseTokenToKVPoolAllocator):  # type: ignore[misc]
             self.ration.grow(missing)
         return self.free_blocks() * self.page_size
 
+    def admits(self, tree_cache: Any, *, promised: int, tokens: int) -> bool:
+        """Whether what was `promised` in a pass over the waiting requests and `tokens` more have memory now, or cached
+        prefixes to take it from."""
+        need = promised + -(-tokens // self.page_size) * self.page_size + self.page_size
+        return bool(self.secure(need) + tree_cache.evictable_size() >= need)
+
+    def room(self, tree_cache: Any, *, promised: int, tokens: int) -> int:
+        """So many of `tokens` more could be computed now, in whole pages unless it is all of them."""
+        self.secure(promised + tokens + self.page_size)
+        room = self.secure(0) + int(tree_cache.evictable_size()) - promised - self.page_size
+        return tokens if room >= tokens else max(0, room // self.page_size * self.page_size)
+
     def evict_to_free_tokens(self, tree_cache: Any, num_tokens: int) -> bool | None:
         """Grows first, then drops cached prefixes. Called by SGLang before it allocates."""
         missing = num_tokens - self.secure(num_tokens)
-        if missing > 0 and tree_cache is not None and tree_cache.supports_prefix_sharing():
+        if missing > 0 and tree_cache is not None and tree_cache.evictable_size() > 0:
             gone = tree_cache.evict(EvictParams(num_tokens=missing)).num_tokens_evicted
             self.ration.count_evicted(gone // self.page_size)
         return None
@@ -118,6 +130,8 @@ class _Elastic(BaseTokenToKVPoolAllocator):  # type: ignore[misc]
 
     def create_prefill_budget(self, tree_cache: Any, *, num_mixed_decode_tokens: int = 0) -> ElasticPrefillBudget:
         """What an admission may count on."""
+        from elastickv.engines.sglang.admission import ElasticPrefillBudget  # not every release has what it builds on
+
         return ElasticPrefillBudget(self, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
 
     def resize(self, config: Any) -> None:
@@ -153,11 +167,16 @@ class ElasticPagedAllocator(_Elastic, PagedTokenToKVPoolAllocator):  # type: ign
     ) -> Any:
         # SGLang's own bound of the pages that may be taken; it counts exactly only where they are not there.
         self.secure((extend_num_tokens // self.page_size + len(prefix_lens) + 1) * self.page_size)
+        size = self.page_size
+        new = int(((seq_lens_cpu + size - 1) // size - (prefix_lens_cpu + size - 1) // size).sum())
+        if new > self.free_blocks():  # 0.5.16 hands the list to a kernel before it looks how long it is
+            return None
         return super().alloc_extend(
             prefix_lens, prefix_lens_cpu, seq_lens, seq_lens_cpu, last_loc, extend_num_tokens, *args, **kwargs
         )
 
     def alloc_decode(self, seq_lens: Any, seq_lens_cpu: Any, last_loc: Any) -> Any:
         new = int((seq_lens_cpu % self.page_size == 1).sum())
-        self.secure(new * self.page_size)
+        if self.secure(new * self.page_size) < new * self.page_size:
+            return None
         return super().alloc_decode(seq_lens, seq_lens_cpu, last_loc)

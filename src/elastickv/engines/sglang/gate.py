@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any, Final
 
 from elastickv.errors import EngineRefused
@@ -10,11 +9,7 @@ from elastickv.errors import EngineRefused
 if TYPE_CHECKING:
     from elastickv.engines.sglang.session import Session
 
-__all__ = ["REFUSED", "VERSIONS", "check_arguments", "check_engaged", "check_version"]
-
-VERSIONS: Final = ">=0.5.23,<0.6"
-_LOWEST: Final = (0, 5, 23)
-_BELOW: Final = (0, 6, 0)
+__all__ = ["REFUSED", "check_arguments", "check_engaged"]
 
 REFUSED: Final[dict[str, tuple[Any, str, str]]] = {
     "speculative_algorithm": (None, "its draft has a cache of its own on the same blocks", "start without it"),
@@ -60,14 +55,6 @@ def _refuse(what: str, why: str, remedy: str) -> EngineRefused:
     return EngineRefused(f"elastickv cannot manage {what}: {why}; {remedy}, or unset ELASTICKV to serve without it")
 
 
-def check_version(version: str) -> None:
-    """Refuses an SGLang outside VERSIONS."""
-    match = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
-    found = (int(match[1]), int(match[2]), int(match[3])) if match else None
-    if found is None or not _LOWEST <= found < _BELOW:
-        raise _refuse(f"SGLang {version}", f"it is written for SGLang {VERSIONS}", "install such a version")
-
-
 def check_arguments(arguments: Any) -> None:
     """Refuses what SGLang's ServerArgs already show to be impossible."""
     for name, (plain, why, remedy) in REFUSED.items():
@@ -88,7 +75,7 @@ def check_arguments(arguments: Any) -> None:
 
 def check_engaged(scheduler: Any, session: Session) -> None:
     """Refuses to serve if a part of the engine is not the plug-in's."""
-    from elastickv.engines.sglang.tree import ElasticRadixCache
+    from elastickv.engines.sglang.tree import Elastic
 
     allocator = scheduler.token_to_kv_pool_allocator
     pool = allocator.get_kvcache()
@@ -97,7 +84,7 @@ def check_engaged(scheduler: Any, session: Session) -> None:
         wrong.append(f"the allocator is {type(allocator).__qualname__}")
     if not session.holds(pool):
         wrong.append(f"the pool {type(pool).__qualname__} lies elsewhere")
-    if not isinstance(scheduler.tree_cache, ElasticRadixCache):
+    if not isinstance(scheduler.tree_cache, Elastic):
         wrong.append(f"the prefix cache is {type(scheduler.tree_cache).__qualname__}")
     if scheduler.is_hybrid_swa or scheduler.is_hybrid_ssm:
         wrong.append("the model has layers with windows or states, whose blocks are kept apart")

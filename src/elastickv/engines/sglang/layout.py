@@ -16,18 +16,11 @@ import torch
 from elastickv.errors import EngineRefused
 from elastickv.memory import RankGeometry
 
-__all__ = ["STRIDED_BACKENDS", "Rows", "layout_for"]
+__all__ = ["Rows", "layout_for"]
 
 _ENTRY_ALIGN: Final = 32
 _ROW_ALIGN: Final = 16
 """Bytes; SGLang's own rule for rows of a strided entry (mem_cache/layout/token_major.py of 0.5.23)."""
-
-STRIDED_BACKENDS: Final = {
-    "mha": frozenset({"triton", "fa3", "fa4", "flashinfer", "trtllm_mha", "torch_native"}),
-    "mla": frozenset({"triton", "fa3", "trtllm_mla", "flashinfer", "cutedsl_mla", "flashmla", "torch_native"}),
-}
-"""Attention backends that take rows with a stride: those that SGLang 0.5.23 itself lets read token-major views
-(arg_groups/kv_cache_hook.py), and PyTorch's own."""
 
 
 @dataclass(frozen=True)
@@ -95,17 +88,19 @@ class Rows:
         return views
 
 
-def layout_for(pool: Any, kind: str, shapes: tuple[tuple[int, ...], ...], backends: set[str]) -> Rows:
-    """The layout of SGLang's `pool`, given the names of the attention backends that will read it."""
+def layout_for(
+    pool: Any, kind: str, shapes: tuple[tuple[int, ...], ...], backends: set[str], strided_backends: frozenset[str]
+) -> Rows:
+    """The layout of SGLang's `pool`, given the attention backends that will read it, and those that take strides."""
     page, size = int(pool.page_size), int(pool.size)
     if size % page:
         raise EngineRefused(f"SGLang planned {size} tokens in pages of {page}, which is no whole number; report this")
     rows = [math.prod(shape) * pool.store_dtype.itemsize for shape in shapes]
-    strided = backends <= STRIDED_BACKENDS[kind] and all(row % _ROW_ALIGN == 0 for row in rows)
+    strided = backends <= strided_backends and all(row % _ROW_ALIGN == 0 for row in rows)
     if not strided and len(set(rows)) > 1:
         raise EngineRefused(
             f"elastickv cannot manage keys of {rows[0]} bytes beside values of {rows[1]} bytes with the attention "
-            f"backends {', '.join(sorted(backends))}; choose one of {', '.join(sorted(STRIDED_BACKENDS[kind]))} with "
+            f"backends {', '.join(sorted(backends))}; choose one of {', '.join(sorted(strided_backends))} with "
             "--attention-backend, or unset ELASTICKV to serve without it"
         )
     return Rows(kind, int(pool.layer_num), shapes, pool.store_dtype, page, size // page + 1, strided)

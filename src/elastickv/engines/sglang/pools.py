@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
-from sglang.srt.runtime_context import attention_backends
 
 from elastickv.engines.sglang import session
-from elastickv.engines.sglang.layout import layout_for
+from elastickv.engines.sglang.layout import Rows, layout_for
 from elastickv.errors import EngineRefused
 
 __all__ = ["ElasticMHATokenToKVPool", "ElasticMLATokenToKVPool", "pool_class"]
@@ -26,7 +25,7 @@ class ElasticMHATokenToKVPool(MHATokenToKVPool):  # type: ignore[misc]
             )
         shapes = ((self.head_num, self.head_dim), (self.head_num, self.v_head_dim))
         engine = session.current()
-        rows = layout_for(self, "mha", shapes, _readers())
+        rows = _layout(self, "mha", shapes)
         self.k_buffer, self.v_buffer = engine.attach_memory(rows)
 
 
@@ -36,13 +35,13 @@ class ElasticMLATokenToKVPool(MLATokenToKVPool):  # type: ignore[misc]
     def _create_buffers(self) -> None:
         _check_plain(self)
         engine = session.current()
-        rows = layout_for(self, "mla", ((1, self.kv_cache_dim),), _readers())
+        rows = _layout(self, "mla", ((1, self.kv_cache_dim),))
         (self.kv_buffer,) = engine.attach_memory(rows)
 
 
-def _readers() -> set[str]:
-    """Names of the attention backends that will read the pool."""
-    return {str(name) for name in attention_backends()}
+def _layout(pool: Any, kind: str, shapes: tuple[tuple[int, ...], ...]) -> Rows:
+    release = session.current().release
+    return layout_for(pool, kind, shapes, release.backends(), release.strided[kind])
 
 
 def _check_plain(pool: Any) -> None:

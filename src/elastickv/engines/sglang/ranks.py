@@ -9,7 +9,7 @@ import math
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-from sglang.srt.runtime_context import get_device, get_parallel
+from sglang.srt.runtime_context import get_parallel
 
 from elastickv import _core
 from elastickv.config import Settings
@@ -61,10 +61,13 @@ def channel(rank: int) -> Channel:
         return lobby.wait(_size() - 1)
 
 
-def expected(settings: Settings) -> tuple[int, list[str]]:
-    """This rank's number, and the device of every rank. EngineRefused where it is not the one that was asked for."""
+def expected(settings: Settings, kind: str) -> tuple[int, list[str]]:
+    """This rank's number, and the device of every rank, of the type `kind`.
+
+    EngineRefused where it is not the one that was asked for.
+    """
     rank = int(get_parallel().pp_rank) * int(get_parallel().tp_size) + int(get_parallel().tp_rank)
-    devices = gather(_own_device())
+    devices = gather(_own_device(kind))
     for device in devices:
         if settings.device not in ("auto", device) and not settings.device.isdecimal():
             raise EngineRefused(
@@ -74,8 +77,7 @@ def expected(settings: Settings) -> tuple[int, list[str]]:
     return rank, devices
 
 
-def _own_device() -> str:
-    kind = str(get_device().device)
+def _own_device(kind: str) -> str:
     if kind == "cpu":
         return "host"
     if kind != "cuda":

@@ -17,6 +17,7 @@ from elastickv.engines.sglang.channel import Channel
 from elastickv.engines.sglang.holdings import Holdings
 from elastickv.engines.sglang.layout import Rows
 from elastickv.engines.sglang.ration import Ration
+from elastickv.engines.sglang.release import Release
 from elastickv.errors import DeadlineExceeded, EngineRefused, Unavailable
 from elastickv.memory import Cache, RankMemory, RankSpec, Tenancy, device_page
 from elastickv.memory.asking import Asking
@@ -32,11 +33,11 @@ UNMAP_S: Final = 60.0
 _here: list[Session] = []
 
 
-def start(settings: Settings, version: str) -> Session:
+def start(settings: Settings, version: str, release: Release, scheduler: Any) -> Session:
     """The session of the one engine of this process."""
     if _here:
         raise EngineRefused("elastickv manages one SGLang scheduler a process, and there is one here already")
-    session = Session(settings, version)
+    session = Session(settings, version, release, scheduler)
     _here.append(session)
     return session
 
@@ -60,10 +61,11 @@ def forget() -> None:
 class Session:
     """Used by the scheduler's thread."""
 
-    def __init__(self, settings: Settings, version: str) -> None:
+    def __init__(self, settings: Settings, version: str, release: Release, scheduler: Any) -> None:
         self.settings = settings
         self.version = version
-        self.scheduler: Any = None
+        self.release = release
+        self.scheduler = scheduler
         self.devices: list[str] = []
         """By rank."""
         self.rank = 0
@@ -83,15 +85,14 @@ class Session:
 
     # --- start
 
-    def begin(self, scheduler: Any) -> None:
+    def begin(self) -> None:
         """Refuses what cannot be managed, joins the ledgers, and leases the weights; nothing is loaded yet."""
-        self.scheduler = scheduler
-        gate.check_arguments(scheduler.server_args)
-        self.rank, self.devices = ranks.expected(self.settings)
+        gate.check_arguments(self.scheduler.server_args)
+        self.rank, self.devices = ranks.expected(self.settings, self.release.device())
         if self.rank == 0:
             self.tenancy = Tenancy.join(self.settings, self.devices, engine=f"sglang {self.version}")
             self.tenancy.watch_limits()
-        self.holdings = Holdings.begin(self.tenancy, self.devices, self.rank, scheduler, self._while_waiting)
+        self.holdings = Holdings.begin(self.tenancy, self.devices, self.rank, self.scheduler, self._while_waiting)
 
     def _while_waiting(self) -> None:
         """What must go on while the engine waits for memory beside its cache."""

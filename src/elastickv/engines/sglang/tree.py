@@ -1,21 +1,46 @@
-"""SGLang's radix cache with what is withheld counted among what is protected."""
+"""SGLang's prefix caches with what is withheld counted among what is protected.
+
+The caches are SGLang's own: what they drop, when and in which order.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-__all__ = ["ElasticRadixCache"]
+from elastickv.errors import EngineRefused
+
+__all__ = ["Elastic", "ElasticUnifiedRadixCache", "adopt"]
+
+_ADOPTED: Final = ("sglang.srt.mem_cache.radix_cache.RadixCache", "sglang.srt.mem_cache.chunk_cache.ChunkCache")
 
 
-class ElasticRadixCache(UnifiedRadixCache):  # type: ignore[misc]
-    """The tree itself is SGLang's own: what it drops, when and in which order.
+class Elastic:
+    """What they do differently; comes before SGLang's class.
 
     SGLang's check for lost memory adds up what is available, evictable, protected and in use, and expects the whole
     virtual cache. Blocks that no memory can be had for are none of these: they are said to be protected.
     """
 
+    token_to_kv_pool_allocator: Any
+
     def protected_size(self) -> int:
-        allocator: Any = self.token_to_kv_pool_allocator
-        return int(super().protected_size()) + int(allocator.withheld_size())
+        stock: Any = super()
+        return int(stock.protected_size()) + int(self.token_to_kv_pool_allocator.withheld_size())
+
+
+class ElasticUnifiedRadixCache(Elastic, UnifiedRadixCache):  # type: ignore[misc]
+    """For a release that is told the class."""
+
+
+def adopt(cache: Any) -> Any:
+    """Makes the cache of a release that chooses the class itself elastic, in place. It must be fresh."""
+    stock = type(cache)
+    if f"{stock.__module__}.{stock.__qualname__}" not in _ADOPTED:
+        raise EngineRefused(
+            f"elastickv cannot manage the prefix cache {stock.__qualname__}; unset SGLANG_ENABLE_UNIFIED_RADIX_TREE "
+            "and SGLANG_EXPERIMENTAL_CPP_RADIX_TREE, or unset ELASTICKV to serve without it"
+        )
+    cache.__class__ = type(f"Elastic{stock.__name__}", (Elastic, stock), {})
+    return cache
