@@ -89,7 +89,7 @@ def _admit(original: Callable[..., Any], adder: Any, request: Any, *args: Any, *
         tokens = min(tokens, adder.rem_chunk_tokens)
     with adder._lock_node(request.last_node):  # its own prefix cannot make room for it
         if tokens < adder.rem_total_tokens and not adder.token_to_kv_pool_allocator.admits(
-            adder.tree_cache, promised=adder.cur_rem_token_offset, tokens=tokens
+            adder.tree_cache, promised=_promised(adder), tokens=tokens
         ):
             return AddReqResult.NO_TOKEN
     return original(adder, request, *args, **kwargs)
@@ -98,12 +98,21 @@ def _admit(original: Callable[..., Any], adder: Any, request: Any, *args: Any, *
 def _continue(original: Callable[..., Any], adder: Any, request: Any) -> Any:
     """The next chunk of a request that has begun, as far as there is memory. It waits where there is none."""
     wanted = min(_left(request), adder.rem_chunk_tokens)
-    room = adder.token_to_kv_pool_allocator.room(adder.tree_cache, promised=adder.cur_rem_token_offset, tokens=wanted)
+    room = adder.token_to_kv_pool_allocator.room(adder.tree_cache, promised=_promised(adder), tokens=wanted)
     if room == 0:
         return request
     if room < wanted:
         adder.rem_chunk_tokens = room
     return original(adder, request)
+
+
+def _promised(adder: Any) -> int:
+    """Tokens that this pass has given away. Mixed with a prefill, a running request counts as a token, and may take a
+    page."""
+    from elastickv.engines.sglang import session
+
+    decoding = len(adder.running_batch.reqs) if session.current().scheduler.is_mixed_chunk else 0
+    return int(adder.cur_rem_token_offset) + decoding * (adder.page_size - 1)
 
 
 def _left(request: Any) -> int:
