@@ -112,7 +112,7 @@ def _promised(adder: Any) -> int:
     from elastickv.engines.sglang import session
 
     decoding = len(adder.running_batch.reqs) if session.current().scheduler.is_mixed_chunk else 0
-    return int(adder.cur_rem_token_offset) + decoding * (adder.page_size - 1)
+    return int(adder.cur_rem_token_offset + decoding * (adder.page_size - 1))
 
 
 def _left(request: Any) -> int:
