@@ -7,6 +7,7 @@ cache. There are no scratch pages: an access to an address without memory ends t
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -67,8 +68,8 @@ def as_served(engine: Engine) -> None:
     """CUDA graphs and the overlap schedule are on: SGLang turns them off by itself where they cannot be."""
     info, error = engine.call("get_server_info")
     assert error is None
-    assert (info["disable_overlap_schedule"], info["disable_cuda_graph"]) == (False, False)
-    assert info["attention_backend"] == "triton"
+    assert (info["disable_overlap_schedule"], info["attention_backend"]) == (False, "triton")
+    assert re.search(r"Capture .*graph end", engine.log(), re.IGNORECASE)
 
 
 @pytest.fixture(scope="module")
