@@ -103,6 +103,8 @@ class Round:
     one before the order on."""
     cached: list[int] = field(default_factory=list)
     """Tokens of each prompt that were found in the prefix cache."""
+    retracted: list[int] = field(default_factory=list)
+    """How often each request of an SGLang was sent back to wait."""
     moved: int = 0
     """Limits that the job's `moves` have ordered since the engine's start."""
 

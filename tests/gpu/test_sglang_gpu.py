@@ -1,7 +1,8 @@
 """SGLang on a real GPU: Triton attention, CUDA graphs and the overlap schedule, managed and plain, token by token.
 
 Kernels that are deterministic make an answer depend on the prompt alone, so that any difference is a fault of the
-cache. There are no scratch pages: an access to an address without memory ends the engine, and with it the test.
+cache, but for a request that was sent back to wait: its answer so far is then computed as a prompt is, by another kernel.
+There are no scratch pages: an access to an address without memory ends the engine, and with it the test.
 """
 
 from __future__ import annotations
@@ -73,6 +74,14 @@ def as_served(engine: Engine) -> None:
     assert re.search(r"Capture .*graph end", engine.log(), re.IGNORECASE)
 
 
+def parity(plain: Result, done: Round) -> None:
+    """The answers of a round are the plain engine's. Those of requests that were sent back to wait are counted."""
+    found = differences(plain.rounds[0].tokens, done.tokens)
+    again = [one for one in found if done.retracted[one.request]]
+    print(f"{sum(map(bool, done.retracted))} requests were sent back, {len(again)} of them answered otherwise then")
+    assert [one for one in found if one not in again] == []
+
+
 @pytest.fixture(scope="module")
 def plain(model: Path) -> Result:
     with start(job(model, engine={"max_total_tokens": 65536})) as engine:
@@ -106,7 +115,8 @@ def test_under_a_limit_that_moves(model: Path, plain: Result, tmp_path: Path, pa
     say(f"managed, page size {page}", result)
     assert "strict" in result.log
     assert seen.engine.startswith("sglang ")
-    assert differences(plain.tokens, result.tokens) == []
+    for one in result.rounds:
+        parity(plain, one)
     assert done.moved > 40
     assert sum(seen.histograms.unmap.counts) > 0
 
@@ -142,11 +152,11 @@ def pair(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair
 
 
 def test_each_squeezed_by_the_other(pair: Pair, plain: Result) -> None:
-    once = plain.rounds[0].tokens
     rounds = [pair.round(), pair.round()]
     tenants = [pair.tenant(name) for name in pair.engines]
-    for name in pair.engines:
-        assert [differences(once, done[name].tokens) for done in rounds] == [[], []]
+    for done in rounds:
+        for one in done.values():
+            parity(plain, one)
     assert sum(tenant.counters.misses for tenant in tenants) > 0
     assert read_device(pair.ledger).held <= SCARCE
 
@@ -171,8 +181,7 @@ def test_killed_under_load_it_leaves_its_memory(pair: Pair, plain: Result) -> No
     assert until(lambda: not pair.tenant("left").alive and pair.tenant("left").held == 0, 5) < 1.0
     # Its context and weights go too, so the device has it back and not the ledger alone.
     until(lambda: nvml.device_memory(device)[1] < before, 10)
-    done = pair.engines["right"].wait_round()
-    assert differences(plain.rounds[0].tokens, done.tokens) == []
+    parity(plain, pair.engines["right"].wait_round())
 
 
 def test_a_page_in_use_without_memory_ends_the_engine(model: Path, plain: Result, tmp_path: Path) -> None:

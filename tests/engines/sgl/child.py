@@ -58,8 +58,9 @@ def _round(engine: Any, prompts: list[Any], max_tokens: int) -> tuple[dict[str, 
         "seconds": seconds,
         "cpu_seconds": cpu_seconds() - burnt,
         "cached": [fact["cached_tokens"] for fact in facts],
+        "retracted": [fact["num_retractions"] for fact in facts],
     }
-    return done, sum(fact["num_retractions"] for fact in facts)
+    return done, sum(done["retracted"])
 
 
 if __name__ == "__main__":
