@@ -1,8 +1,8 @@
 """SGLang on a real GPU: Triton attention, CUDA graphs and the overlap schedule, managed and plain, token by token.
 
 Kernels that are deterministic make an answer depend on the prompt alone, so that any difference is a fault of the
-cache, but for a request that was sent back to wait: its answer so far is then computed as a prompt is, by another kernel.
-There are no scratch pages: an access to an address without memory ends the engine, and with it the test.
+cache, but for a request that was sent back to wait: its answer so far is then computed as a prompt is, by another
+kernel. There are no scratch pages: an access to an address without memory ends the engine, and with it the test.
 """
 
 from __future__ import annotations
