@@ -1,9 +1,10 @@
-"""From the call that wakes a sleeping engine (vLLM's sleep, level 1) until its first token, managed and plain.
+"""From the call that wakes a sleeping engine until its first token, managed and plain.
 
     python benchmarks/engine/wake.py
 
-Needs a GPU: the CPU engine ignores sleep, and the stand-in knows none. What the device has free while the engine sleeps
-is measured too.
+Its sleep is vLLM's of level 1, or SGLang's release of its memory, for which torch_memory_saver has to be installed.
+Needs a GPU: engines on the CPU do not sleep, and the stand-in knows no sleep. What the device has free while the engine
+sleeps is measured too.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from benchmarks.common.schedule import Shape
 from benchmarks.common.servers import GIB, Fleet, plain_twin
 from benchmarks.common.stats import paired_ratio
 from elastickv.demo.engines import Engine
+from elastickv.engines import Server, adapter
 from elastickv.memory import gpu
 
 FULL = {**options.ENGINE, "shape": "128+16", "repeats": 7, "kv_size": "8GiB", "seed": 0}
@@ -31,17 +33,12 @@ SMALL = {**options.SMALL, "repeats": 1, "kv_size": "8MiB"}
 ABOUT = {**options.ABOUT, "shape": "tokens of prompt+answer", "kv_size": "KV cache of each engine"}
 CALL_S = 120.0
 SOON = Target("with", "most", 0.7)
-SLEEPS = {"VLLM_SERVER_DEV_MODE": "1", "ELASTICKV_STATIC": "auto"}
 
 
 def main() -> int:
     chosen = options.parse(__doc__, FULL, SMALL, ABOUT)
-    if chosen.device == "host" or chosen.engine != "vllm":
-        what = (
-            f"it measures vLLM's sleep, not {chosen.engine}'s"
-            if chosen.engine != "vllm"
-            else "vLLM on the CPU ignores sleep"
-        )
+    if chosen.device == "host" or chosen.engine == "stand-in":
+        what = "the stand-in has no sleep" if chosen.engine == "stand-in" else "engines on the CPU do not sleep"
         print(f"error: wake: {what}, so there is nothing to measure; run it on a machine with a GPU", file=sys.stderr)
         return 3
     shape = Shape.parse(chosen.shape)
@@ -49,12 +46,14 @@ def main() -> int:
     # Weights are on the ledger here, for waking has to lease them first; what there is elastickv finds out by itself.
     with Fleet(chosen.engine, chosen.device, chosen.model, 0, chosen.start_deadline) as fleet:
         most = sum(shape) + 16
-        managed = Spec("managed", True, chosen.kv_size, False, chosen.seqs, most, {}, ("--enable-sleep-mode",), SLEEPS)
+        calls = adapter(chosen.engine).server
+        settings = {"ELASTICKV_STATIC": "auto"} | dict(calls.environment)
+        managed = Spec("managed", True, chosen.kv_size, False, chosen.seqs, most, {}, calls.sleep_arguments, settings)
         plain, ours = fleet.up(plain_twin(managed, "plain", chosen.kv_size), managed)
         found: dict[str, list[float]] = {"with": [], "without": []}
         for turn, side in enumerate(schedule.alternate(chosen.repeats + 1, ("without", "with"))):
             server = ours if side == "with" else plain
-            one = wake(server, shape, fleet.model.vocabulary, chosen.seed, result, side)
+            one = wake(calls, server, fleet.requests(server, [0.0], shape, chosen.seed), result, side)
             if turn >= 2 and one is not None:
                 found[side].append(one)
     medians = {side: statistics.median(series) if series else None for side, series in found.items()}
@@ -67,19 +66,22 @@ def main() -> int:
     return 0
 
 
-def wake(server: Engine, shape: Shape, vocabulary: int, seed: int, result: Result, side: str) -> float | None:
+def wake(calls: Server, server: Engine, asked: list[load.Request], result: Result, side: str) -> float | None:
     """Seconds; None where it failed, which is counted."""
 
     def ask() -> load.Load:
-        return load.run(load.requests(server.url, server.name, [0.0], shape, vocabulary, seed))
+        return load.run(asked)
+
+    def call(path: str) -> None:
+        httpx.post(f"{server.url}{path}", json={}, timeout=CALL_S).raise_for_status()
 
     try:
         before = ask()
         awake = used_bytes(result.device)
-        httpx.post(f"{server.url}/sleep", params={"level": 1}, timeout=CALL_S).raise_for_status()
+        call(calls.sleep)
         freed = awake - used_bytes(result.device)
         began = time.monotonic()
-        httpx.post(f"{server.url}/wake_up", timeout=CALL_S).raise_for_status()
+        call(calls.wake)
         called = time.monotonic() - began
         after = ask()
     except httpx.HTTPError as error:

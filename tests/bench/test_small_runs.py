@@ -117,7 +117,7 @@ def test_sleep_is_refused_where_it_cannot_be_measured(tmp_path: Path) -> None:
     words = ["--small", "--device", "host", "--output", str(tmp_path)]
     done = run(sys.executable, str(ROOT / "benchmarks/engine/wake.py"), *words)
     assert done.returncode == 3
-    assert "vLLM on the CPU ignores sleep" in done.stdout
+    assert "engines on the CPU do not sleep" in done.stdout
     assert not list(tmp_path.glob("*.json"))
 
 
