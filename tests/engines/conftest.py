@@ -8,10 +8,15 @@ from pathlib import Path
 import pytest
 
 from engines.harness import EngineFailed, Result, Round, run, start
+from engines.kinds import OLDER_SGLANG
 from engines.oracle import make_tiny_llama, tiny_prompts
 from engines.subjects import SGLANG, VLLM
 
 TINY_PROMPTS = tiny_prompts(24)
+
+needs_0_5_16 = pytest.mark.skipif(
+    not OLDER_SGLANG.is_dir(), reason=f"no SGLang 0.5.16 in {OLDER_SGLANG}; scripts/setup installs it"
+)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from elastickv.config import process_environment
-from engines.kinds import SGLANG
+from engines.conftest import needs_0_5_16
+from engines.kinds import SGLANG, SGLANG_0_5_16, Kind
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
@@ -18,10 +19,13 @@ HERE = Path(__file__).resolve().parent
 
 
 @pytest.mark.parametrize("kind", ["paged", "token"])
-def test_lists_hold_only_blocks_with_memory_and_everything_adds_up(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    "engine", [pytest.param(SGLANG, id="newest"), pytest.param(SGLANG_0_5_16, id="0.5.16", marks=needs_0_5_16)]
+)
+def test_lists_hold_only_blocks_with_memory_and_everything_adds_up(tmp_path: Path, engine: Kind, kind: str) -> None:
     environment = process_environment()
-    paths = [str(HERE / "sgl/stubs"), environment.get("PYTHONPATH", "")]
-    environment |= {"PYTHONPATH": ":".join(filter(None, paths)), **SGLANG.environment}
+    paths = [*map(str, engine.path), environment.get("PYTHONPATH", "")]
+    environment |= {"PYTHONPATH": ":".join(filter(None, paths)), **engine.environment}
     command = [sys.executable, str(HERE / "sgl/lists.py"), str(tmp_path / "ledgers"), kind, "3"]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 0, ended.stderr[-4000:]

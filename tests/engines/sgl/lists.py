@@ -156,6 +156,15 @@ class Play:
         self.allocator.free(self.running.pop())
         self.check()
 
+    def refuse_pages(self, blocks: int) -> None:
+        """More pages than can be had: SGLang 0.5.16 must not get to its kernels, which it calls before it counts."""
+        if self.page == 1:
+            return
+        tokens, none = torch.tensor([blocks * self.page]), torch.tensor([0])
+        assert self.allocator.alloc_extend(none, none, tokens, tokens, none - 1, blocks * self.page) is None
+        lengths = torch.full([blocks], self.page + 1)
+        assert self.allocator.alloc_decode(lengths, lengths, lengths - 2) is None
+
     def until(self, what: str, done: Any) -> None:
         limit = time.monotonic() + 30
         while not done():
@@ -187,6 +196,7 @@ def main() -> None:
     refused = play.refused
     play.begin(CAPACITY // 4 // BLOCK_BYTES + 1)  # beyond the limit: it has to wait, whatever else is going on
     assert play.refused == refused + 1
+    play.refuse_pages(CAPACITY // 4 // BLOCK_BYTES + 1)
     play.wanted_again(ledger)
     play.begin(200)
     play.end()

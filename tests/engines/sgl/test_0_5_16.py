@@ -5,22 +5,24 @@ On a CPU it serves pages of one token only.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from engines.conftest import TINY_PROMPTS
+from elastickv.config import process_environment
+from engines.conftest import TINY_PROMPTS, needs_0_5_16
 from engines.harness import EngineFailed, Result, run, start
-from engines.kinds import OLDER_SGLANG
+from engines.kinds import COMMON
+from engines.kinds import SGLANG_0_5_16 as KIND
 from engines.oracle import differences
 from engines.subjects import BLOCK, SGLANG_0_5_16, look
 
 pytestmark = [
     pytest.mark.sglang,
     pytest.mark.slow,
-    pytest.mark.skipif(
-        not OLDER_SGLANG.is_dir(), reason=f"no SGLang 0.5.16 in {OLDER_SGLANG}; scripts/setup installs it"
-    ),
+    needs_0_5_16,
 ]
 
 BLOCKS = 64
@@ -52,6 +54,9 @@ def test_answers_are_those_of_a_plain_engine_and_no_page_in_use_is_spare(
             done = running.wait_round()
             answers += done.tokens
         seen = look(directory).tenant("one")
+        assert running.call("release_memory_occupation", ["kv_cache"]) == (None, None)
+        assert look(directory).tenant("one").leased == SGLANG_0_5_16.always
+        assert running.call("resume_memory_occupation", ["kv_cache"]) == (None, None)
         running.go()
         with pytest.raises(EngineFailed, match="before 'round'"):
             running.wait_round()
@@ -63,3 +68,15 @@ def test_answers_are_those_of_a_plain_engine_and_no_page_in_use_is_spare(
     assert sum(seen.histograms.unmap.counts) >= 5
     assert seen.counters.evicted_limit > 0
     assert look(directory).held == 0
+
+
+def test_doctor_knows_it() -> None:
+    """As in an environment that has that SGLang alone."""
+    paths = [*map(str, KIND.path), process_environment().get("PYTHONPATH", "")]
+    environment = process_environment() | COMMON | {"PYTHONPATH": ":".join(filter(None, paths))}
+    code = "from elastickv.cli.checks import engine_checks; print(*engine_checks('sglang'), sep='\\n')"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    assert "outcome='ok', text='version 0.5.16; 0.5.16 or >=0.5.23,<0.6 is managed'" in ended.stdout
+    assert "bad" not in ended.stdout
