@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from moves import Moves
 
+_UNSTRIDED: Final = "torch_rows"
 _UNMAP_S: Final = 60.0
 
 
@@ -31,6 +32,15 @@ def register() -> None:
     )
     if "kv_lora_rank" in json.loads(Path(job["model"], "config.json").read_text(encoding="utf-8")):
         _read_latent_rows()
+    if _UNSTRIDED in job["engine"].values():
+        _register_unstrided()
+
+
+def _register_unstrided() -> None:
+    """PyTorch's attention under a name that is not among those that are known to take rows with a stride."""
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS, register_attention_backend
+
+    register_attention_backend(_UNSTRIDED)(ATTENTION_BACKENDS["torch_native"])
 
 
 def _read_latent_rows() -> None:
