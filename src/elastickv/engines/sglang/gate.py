@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from elastickv.errors import EngineRefused
@@ -9,7 +10,7 @@ from elastickv.errors import EngineRefused
 if TYPE_CHECKING:
     from elastickv.engines.sglang.session import Session
 
-__all__ = ["REFUSED", "check_arguments", "check_engaged"]
+__all__ = ["REFUSED", "REFUSED_VARIABLES", "check_arguments", "check_engaged", "check_variables"]
 
 REFUSED: Final[dict[str, tuple[Any, str, str]]] = {
     "speculative_algorithm": (None, "its draft has a cache of its own on the same blocks", "start without it"),
@@ -28,13 +29,18 @@ REFUSED: Final[dict[str, tuple[Any, str, str]]] = {
     "enable_unified_cache_external_linker": (False, "it registers the whole cache with its store", "start without it"),
     "enable_kv_cache_sharding": (False, "its ranks hold different blocks", "start without it"),
     "enable_dp_attention": (False, "its ranks schedule by themselves", "start one engine a replica"),
+    "attn_dp_size": (1, "its ranks schedule by themselves", "start one engine a replica"),
     "dp_size": (1, "each replica is a tenant of its own", "start one engine a replica"),
     "dcp_size": (1, "its blocks are spread over ranks", "leave it at 1"),
     "attn_cp_size": (1, "it is not known to keep to blocks that it was given", "leave it at 1"),
     "nnodes": (1, "a ledger is one machine's", "start one engine on one machine"),
     "radix_cache_backend": (None, "elastickv brings its own", "leave it out"),
     "prefill_only_disable_kv_cache": (False, "there is no cache to manage", "start without it"),
-    "enable_elastic_ep": (False, "it moves ranks while they hold memory", "start without it"),
+    "elastic_ep_backend": (None, "it moves ranks while they hold memory", "start without it"),
+    "use_ray": (False, "it starts schedulers without their plug-ins", "start without it"),
+    "dllm_algorithm": (None, "its steps write blocks that are not known to be theirs", "start without it"),
+    "kv_canary": ("none", "it reads the whole cache, also where no memory is", "leave it out"),
+    "disaggregation_decode_retraction_backup": (None, "it copies blocks on streams of its own", "leave it out"),
     "disaggregation_decode_enable_offload_kvcache": (
         False,
         "it copies blocks on streams of its own",
@@ -42,6 +48,13 @@ REFUSED: Final[dict[str, tuple[Any, str, str]]] = {
     ),
 }
 """Options of SGLang's that are refused: the value that is not, why, and what to do."""
+
+REFUSED_VARIABLES: Final[dict[str, tuple[Any, str]]] = {
+    "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING": (False, "it maps the cache itself"),
+    "SGLANG_USE_HND_KVCACHE": (False, "its blocks lie otherwise"),
+    "SGLANG_MOONCAKE_CUSTOM_MEM_POOL": (None, "it takes the cache from a pool of its own"),
+}
+"""Variables of SGLang's that are refused where they are not as here, and why."""
 
 _DTYPES: Final = ("auto", "float32", "bfloat16", "bf16", "float16", "fp8_e4m3", "fp8_e5m2")
 _BACKENDS: Final = {
@@ -56,7 +69,7 @@ def _refuse(what: str, why: str, remedy: str) -> EngineRefused:
 
 
 def check_arguments(arguments: Any) -> None:
-    """Refuses what SGLang's ServerArgs already show to be impossible."""
+    """Refuses what SGLang's arguments already show to be impossible: ServerArgs, or a view of what they came to."""
     for name, (plain, why, remedy) in REFUSED.items():
         value = getattr(arguments, name, plain)
         if value != plain and value is not None:
@@ -71,6 +84,14 @@ def check_arguments(arguments: Any) -> None:
         backend = str(getattr(arguments, name, None))
         if backend in _BACKENDS:
             raise _refuse(f"the attention backend {backend}", _BACKENDS[backend], "choose another")
+
+
+def check_variables(read: Callable[[str], Any]) -> None:
+    """Refuses what SGLang's own variables ask for; `read` says what one of them is, None where there is no such one."""
+    for name, (plain, why) in REFUSED_VARIABLES.items():
+        value = read(name)
+        if value != plain and value is not None:
+            raise _refuse(f"{name}={value}", why, "unset it")
 
 
 def check_engaged(scheduler: Any, session: Session) -> None:

@@ -1,7 +1,8 @@
 """Refusing: what makes sure that an SGLang which cannot be managed does not start.
 
 SGLang logs what a plug-in raises, and what hooking raises, and serves on without either. So the one class that every
-engine needs is wrapped here directly: it is not made where something is missing.
+engine needs is wrapped here directly: it is not made where something is missing. So is the check of arguments that the
+called process makes before it starts others, for there a refusal ends it at once and in its own words.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, NoReturn
 
 from elastickv.engines.refusal import refuse as _refuse
 
-__all__ = ["refuse", "watch"]
+__all__ = ["examine", "refuse", "watch"]
 
 
 def refuse(error: BaseException) -> NoReturn:
@@ -22,11 +23,30 @@ def refuse(error: BaseException) -> NoReturn:
 
 def _bar(reason: Exception) -> None:
     from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.server_args import ServerArgs
 
     def refused(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
         raise reason
 
     Scheduler.__init__ = refused
+    ServerArgs.check_server_args = refused
+
+
+def examine(check: Callable[[Any], None]) -> None:
+    """Has the arguments of every engine that this process starts looked at first; `check` may raise."""
+    from sglang.srt.server_args import ServerArgs
+
+    original = ServerArgs.check_server_args
+    if getattr(original, "_elastickv", False):
+        return
+
+    @functools.wraps(original)
+    def examined(self: Any) -> None:
+        check(self)
+        original(self)
+
+    examined._elastickv = True  # type: ignore[attr-defined]
+    ServerArgs.check_server_args = examined
 
 
 def watch(before: Callable[[Any], None], after: Callable[[Any], None], failed: Callable[[], None]) -> None:

@@ -23,7 +23,7 @@ def install() -> None:
         return
     settings = Settings.load()
     from elastickv import _core  # noqa: F401 - a native part that cannot be loaded must show here
-    from elastickv.engines.sglang import guard, releases
+    from elastickv.engines.sglang import entry, guard, releases
 
     version = metadata.version("sglang")
     release = releases.find(version)
@@ -31,6 +31,7 @@ def install() -> None:
     logging.getLogger("sglang.elastickv").setLevel(settings.log.upper())
     _register(release.hooks)
     _watch(guard.watch, settings, version, release)
+    guard.examine(entry.check)
     _installed.append(version)
 
 

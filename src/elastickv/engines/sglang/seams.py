@@ -18,6 +18,7 @@ _UPDATER: Final = "sglang.srt.managers.scheduler_components.weight_updater"
 COMMON: Final = (
     # hooked
     Seam(_SCHEDULER, "Scheduler.__init__", ("self", "server_args", "port_args")),
+    Seam("sglang.srt.server_args", "ServerArgs.check_server_args", ("self",)),
     Seam(_CONFIGURATOR, "KVCacheConfigurator._profile_available_bytes", ("self", "pre_model_load_memory")),
     Seam(
         _CONFIGURATOR,

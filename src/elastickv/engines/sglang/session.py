@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 
 from elastickv.config import Settings
-from elastickv.engines.sglang import gate, ranks
+from elastickv.engines.sglang import entry, gate, ranks
 from elastickv.engines.sglang.allocator import ElasticPagedAllocator, ElasticTokenAllocator, adopt
 from elastickv.engines.sglang.bell import Bell
 from elastickv.engines.sglang.channel import Channel
@@ -87,7 +87,7 @@ class Session:
 
     def begin(self) -> None:
         """Refuses what cannot be managed, joins the ledgers, and leases the weights; nothing is loaded yet."""
-        gate.check_arguments(self.scheduler.server_args)
+        entry.check(self.scheduler.server_args)
         self.rank, self.devices = ranks.expected(self.settings, self.release.device())
         if self.rank == 0:
             self.tenancy = Tenancy.join(self.settings, self.devices, engine=f"sglang {self.version}")
