@@ -82,19 +82,37 @@ def test_a_choice_of_plugins_gets_the_plugin(
     assert adapter("sglang").environment() == expected
 
 
-def request_that(text: str | None) -> SimpleNamespace:
-    return SimpleNamespace(to_finish=None if text is None else SimpleNamespace(message=text))
+def request_that(text: str | None, beams: object = None) -> SimpleNamespace:
+    return SimpleNamespace(to_finish=None if text is None else SimpleNamespace(message=text), beam_group=beams)
+
+
+def retracts(batch: list[SimpleNamespace], others: list[SimpleNamespace]) -> Any:
+    """As SGLang does while nothing is left for the last one: it aborts that, whatever else was to become of it."""
+    last = batch[0]
+
+    def retract_decode(_: Any) -> tuple[list[SimpleNamespace], float, list[SimpleNamespace]]:
+        last.to_finish = SimpleNamespace(
+            message="Out of memory even after retracting all other requests in the decode batch. Aborting the last."
+        )
+        return batch[1:], 0.5, [*others, last]
+
+    return retract_decode, SimpleNamespace(reqs=batch)
 
 
 def test_the_last_request_is_retracted_and_not_aborted() -> None:
-    one, beam = request_that(None), request_that("Beam search group aborted: KV cache pool is full.")
-    last = request_that(
-        "Out of memory even after retracting all other requests in the decode batch. Aborting the last."
-    )
-    retracted, ratio, aborted = retract.keep_last(([one], 0.5, [beam, last]))
+    one, last = request_that(None), request_that(None)
+    beam = request_that("Beam search group aborted: KV cache pool is full.", beams=object())
+    retracted, ratio, aborted = retract.keep_last(*retracts([last, one], [beam]))
     assert (retracted, ratio, aborted) == ([one, last], 0.5, [beam])
     assert last.to_finish is None
     assert beam.to_finish is not None
+
+
+def test_a_last_request_that_nobody_waits_for_stays_aborted() -> None:
+    ended, beams = request_that("Aborted"), request_that(None, beams=object())
+    for last in (ended, beams):
+        assert retract.keep_last(*retracts([last], [])) == ([], 0.5, [last])
+        assert last.to_finish is not None
 
 
 @pytest.mark.parametrize("strided", [True, False])

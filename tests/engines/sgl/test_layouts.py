@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,12 @@ from engines.tiny_models import dense_mla
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
 ROUNDS = [TINY_PROMPTS] * 2
+TOO_LONG = [7] * 800
+"""Within what the model can do, and more than the limit holds that the engine starts with."""
+TOLD = re.compile(
+    r"Input length \(800 tokens\) exceeds the maximum allowed length \(4\d\d tokens\)\..* elastickv: requests of one "
+    r"may have 4\d\d tokens, as many as fit in the budget of .* that its limit, or the capacity, leaves the cache"
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +63,19 @@ def test_answers_are_those_of_a_plain_engine(
         model, plain = tiny_llama, request.getfixturevalue("plain_sglang").tokens
     moves = {"directory": str(directory), "device": "host", "name": "one", "every": 3}
     limits = {"limits": [form.blocks // 4 * BLOCK, form.blocks * BLOCK]}
-    environment = SGLANG.managed(directory, blocks=form.blocks)
+    environment = SGLANG.managed(directory, blocks=form.blocks, ELASTICKV_LIMIT=str(form.blocks // 4 * BLOCK))
     job = SGLANG.job(model, ROUNDS, environment, engine=form.engine, moves={**moves, **limits})
     with start(job) as running:
-        for _ in job.rounds:
-            running.go()
-            done = running.wait_round()
+        running.go()
+        running.wait_round()
+        _, too_long = running.call("generate", None, {"max_new_tokens": 4}, [TOO_LONG])
+        running.go()
+        done = running.wait_round()
         seen = look(directory).tenant("one")
         result = running.finish()
     assert differences(plain, result.tokens) == []
+    assert too_long is not None
+    assert TOLD.search(too_long), too_long
     assert done.moved > 40
     assert seen.layout == form.layout
     assert sum(seen.histograms.unmap.counts) >= 5

@@ -75,7 +75,8 @@ class _Elastic(BaseTokenToKVPoolAllocator):  # type: ignore[misc]
     def replace(self, runs: Runs) -> None:
         """What is left of the list after blocks were given back, ascending."""
         self.merge_and_sort_free()
-        self.free_pages = torch.cat([torch.empty(0, dtype=torch.int64, device=self.device), *self._ids(runs)])
+        kept = [torch.arange(first, first + n, dtype=torch.int64) for first, n in runs]  # many: one copy for all
+        self.free_pages = torch.cat([torch.empty(0, dtype=torch.int64), *kept]).to(self.device)
 
     def census(self) -> torch.Tensor:
         """The ids on the list, in this process's memory. On a GPU it waits for the device: only for giving back."""

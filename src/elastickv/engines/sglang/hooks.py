@@ -30,10 +30,17 @@ def _allocator(result: Any, *args: Any, **kwargs: Any) -> Any:
     return session.current().adopt_allocator(result)
 
 
-def _retracted(result: Any, *args: Any, **kwargs: Any) -> Any:
+def _retract(original: Callable[..., Any], batch: Any) -> Any:
     from elastickv.engines.sglang import retract
 
-    return retract.keep_last(result)
+    return retract.keep_last(original, batch)
+
+
+def _too_long(result: str | None, *args: Any, **kwargs: Any) -> str | None:
+    """Of a request that SGLang refuses for its length, to its client."""
+    from elastickv.engines.sglang import session
+
+    return None if result is None else session.current().explain_length(result)
 
 
 def _released(result: Any, updater: Any, request: Any) -> None:
@@ -56,7 +63,8 @@ _UPDATER: Final = "sglang.srt.managers.scheduler_components.weight_updater.Sched
 COMMON: Final = (
     Hook(f"{_CONFIGURATOR}._profile_available_bytes", _profile, "around"),
     Hook(f"{_CONFIGURATOR}._build_token_to_kv_pool_allocator", _allocator, "after"),
-    Hook("sglang.srt.managers.schedule_batch.ScheduleBatch.retract_decode", _retracted, "after"),
+    Hook("sglang.srt.managers.schedule_batch.ScheduleBatch.retract_decode", _retract, "around"),
+    Hook("sglang.srt.managers.utils.validate_input_length", _too_long, "after"),
     Hook(f"{_UPDATER}.release_memory_occupation", _released, "after"),
     Hook(f"{_UPDATER}.resume_memory_occupation", _resumed, "after"),
 )

@@ -80,6 +80,8 @@ class Ration:
         self.tree: Any = None
         self.is_idle: Callable[[], bool] = lambda: False
         self.is_running: Callable[[], bool] = lambda: False
+        self.on_more: Callable[[], None] = lambda: None
+        """Called by a look that finds that more could be had than before it."""
         self._ask = ask
         self._mask = torch.zeros(blocks + 1, dtype=torch.bool)
         self._allocator: Any = None
@@ -145,7 +147,10 @@ class Ration:
     def look(self) -> int:
         """Between two steps: does what neighbours, limits and the idle clock ask. Returns the newest order's ticket."""
         look = self._decide("look", self._looked, Look)
+        more = look.growable > self.growable
         self.growable, self._preempt = look.growable, look.preempt
+        if more:
+            self.on_more()
         self.ticket = max(self.ticket, look.ticket)
         if look.reclaim:
             self._reclaim(look.idle)

@@ -26,6 +26,7 @@ COMMON: Final = (
         ("self", "sizes", "token_to_kv_pool", "is_dsv4_model", "req_to_token_pool", "token_to_kv_pool_allocator"),
     ),
     Seam("sglang.srt.managers.schedule_batch", "ScheduleBatch.retract_decode", ("self",)),
+    Seam("sglang.srt.managers.utils", "validate_input_length", ("req", "max_req_input_len", "allow_auto_truncate")),
     Seam(_UPDATER, "SchedulerWeightUpdaterManager.release_memory_occupation", ("self", "recv_req")),
     Seam(_UPDATER, "SchedulerWeightUpdaterManager.resume_memory_occupation", ("self", "recv_req")),
     # relied on

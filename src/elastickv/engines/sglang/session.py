@@ -80,6 +80,8 @@ class Session:
         self._rows: Rows | None = None
         self._bell: Bell | None = None
         self._woken: Callable[[], None] = lambda: None
+        self._longest = 0
+        """Tokens of the longest request, where the budget bounds it."""
         self._fenced = 0
         self._fence_stream: Any = None
 
@@ -168,6 +170,7 @@ class Session:
         ration.tree = scheduler.tree_cache
         ration.is_idle = scheduler.is_fully_idle
         ration.is_running = lambda: not scheduler.running_batch.is_empty()
+        ration.on_more = self._open_admission
         if self.scheduler.device != "cpu":  # not before: nothing may be freed while graphs are captured
             self._need(self.memory).set_reclaimer(torch.cuda.empty_cache)
         if self.tenancy is None or self.cache is None:
@@ -194,10 +197,26 @@ class Session:
             cut = scheduler.max_req_len - tokens
             scheduler.max_req_len -= cut
             scheduler.max_req_input_len = max(1, scheduler.max_req_input_len - cut)
+            beams = getattr(scheduler, "beam_coordinator", None)
+            if beams is not None:
+                beams.max_req_len = scheduler.max_req_len
+            self._longest = tokens
             if self.rank == 0:
-                _logger.warning(
-                    "elastickv: requests may have %d tokens, as many as fit in the limit or the capacity", tokens
-                )
+                _logger.warning("elastickv: %s", self._why_longest())
+
+    def _why_longest(self) -> str:
+        budget = ""
+        if self.tenancy is not None:
+            budget = f" of {format_size(min(self.tenancy.budget(device) for device in self.devices))}"
+        return (
+            f"requests of {self.settings.tenant_name} may have {self._longest} tokens, as many as fit in the "
+            f"budget{budget} that its limit, or the capacity, leaves the cache; for longer ones raise that and start "
+            "the engine anew"
+        )
+
+    def explain_length(self, refusal: str) -> str:
+        """SGLang's `refusal` of a request that is too long, with elastickv's part in it."""
+        return f"{refusal} elastickv: {self._why_longest()}." if self._longest else refusal
 
     def _budget_tokens(self) -> int:
         """Tokens that the limit, or the capacity, holds as they are now."""
@@ -234,6 +253,11 @@ class Session:
         ticket = ration.look()
         if ticket > self._fenced:
             self._fence(ticket)
+
+    def _open_admission(self) -> None:
+        """SGLang closes admission when a request finds no memory, until a running one ends. Here it comes otherwise,
+        too: from a neighbour, or with a limit."""
+        self.scheduler.running_batch.batch_is_full = False
 
     def _fence(self, ticket: int) -> None:
         """Pages of orders up to `ticket` go once the device has passed what is launched by now."""
