@@ -1,8 +1,9 @@
 """SGLang on a real GPU: Triton attention, CUDA graphs and the overlap schedule, managed and plain, token by token.
 
 Kernels that are deterministic make an answer depend on the prompt alone, so that any difference is a fault of the
-cache, but for a request that was sent back to wait: its answer so far is then computed as a prompt is, by another
-kernel. There are no scratch pages: an access to an address without memory ends the engine, and with it the test.
+cache. A request that was sent back to wait is another matter: its answer so far is then computed as a prompt is, by
+another kernel. A plain engine that sends requests back is the measure of that. There are no scratch pages: an access to
+an address without memory ends the engine, and with it the test.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from elastickv.ledger import TenantView, read_device
 from elastickv.memory import gpu as nvml
 from engines.harness import Engine, EngineFailed, Job, Result, Round, run, start
 from engines.kinds import KINDS
-from engines.oracle import differences, make_tiny_llama, tiny_prompts
+from engines.oracle import Difference, differences, make_tiny_llama, tiny_prompts
 from engines.subjects import SGLANG, until
 from gpu.serving import MIB, ledger_of, managed, say
 
@@ -31,6 +32,8 @@ PROMPTS = tiny_prompts(64)
 FULL = 256 * MIB
 """The 64 requests would like about 190 MiB of the cache, all at once."""
 SCARCE = 160 * MIB
+TOKEN = 16 * 1024
+"""Bytes of the cache that a token takes."""
 GRAIN = 32 * MIB
 """What the padding page may take: a page of the device in each of 16 spans, where the layout has so many."""
 DAMAGED_AT = 40
@@ -74,12 +77,12 @@ def as_served(engine: Engine) -> None:
     assert re.search(r"Capture .*graph end", engine.log(), re.IGNORECASE)
 
 
-def parity(plain: Result, done: Round) -> None:
-    """The answers of a round are the plain engine's. Those of requests that were sent back to wait are counted."""
+def parted(plain: Result, done: Round) -> tuple[list[Difference], list[Difference]]:
+    """Where the answers of a round are not the plain engine's: of requests that ran through, of those sent back."""
     found = differences(plain.rounds[0].tokens, done.tokens)
     again = [one for one in found if done.retracted[one.request]]
     print(f"{sum(map(bool, done.retracted))} requests were sent back, {len(again)} of them answered otherwise then")
-    assert [one for one in found if one not in again] == []
+    return [one for one in found if one not in again], again
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +95,29 @@ def plain(model: Path) -> Result:
     return result
 
 
+class Oracle:
+    """Plain answers, and whether a plain engine answers otherwise where it sends a request back to wait."""
+
+    def __init__(self, model: Path, plain: Result) -> None:
+        self.plain = plain
+        little = {"max_total_tokens": SCARCE // 2 // TOKEN, "schedule_conservativeness": 0.05}
+        squeezed = run(job(model, rounds=1, engine=little))
+        assert squeezed.preemptions > 0
+        through, again = parted(plain, squeezed.rounds[0])
+        assert through == []
+        self.rounds_otherwise = bool(again)
+
+    def check(self, done: Round) -> None:
+        through, again = parted(self.plain, done)
+        assert through == []
+        assert self.rounds_otherwise or again == []
+
+
+@pytest.fixture(scope="module")
+def oracle(model: Path, plain: Result) -> Oracle:
+    return Oracle(model, plain)
+
+
 def test_plain_answers_do_not_depend_on_the_round(plain: Result) -> None:
     """The oracle itself: the second round finds prefixes in the cache."""
     first, second = plain.rounds
@@ -101,7 +127,7 @@ def test_plain_answers_do_not_depend_on_the_round(plain: Result) -> None:
 
 
 @pytest.mark.parametrize("page", [16, 1])
-def test_under_a_limit_that_moves(model: Path, plain: Result, tmp_path: Path, page: int) -> None:
+def test_under_a_limit_that_moves(model: Path, oracle: Oracle, tmp_path: Path, page: int) -> None:
     """By turns of three steps all that it would like, and a quarter of it."""
     directory, device = tmp_path / "d", nvml.visible_devices({"CUDA_VISIBLE_DEVICES": "0"})[0]
     moves = {"directory": str(directory), "device": device, "name": "one", "every": 3, "limits": [FULL // 4, FULL]}
@@ -116,7 +142,7 @@ def test_under_a_limit_that_moves(model: Path, plain: Result, tmp_path: Path, pa
     assert "strict" in result.log
     assert seen.engine.startswith("sglang ")
     for one in result.rounds:
-        parity(plain, one)
+        oracle.check(one)
     assert done.moved > 40
     assert sum(seen.histograms.unmap.counts) > 0
 
@@ -151,12 +177,12 @@ def pair(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair
         yield Pair(stack, model, tmp_path_factory.mktemp("pair") / "d")
 
 
-def test_each_squeezed_by_the_other(pair: Pair, plain: Result) -> None:
+def test_each_squeezed_by_the_other(pair: Pair, oracle: Oracle) -> None:
     rounds = [pair.round(), pair.round()]
     tenants = [pair.tenant(name) for name in pair.engines]
     for done in rounds:
         for one in done.values():
-            parity(plain, one)
+            oracle.check(one)
     assert sum(tenant.counters.misses for tenant in tenants) > 0
     assert read_device(pair.ledger).held <= SCARCE
 
@@ -169,7 +195,7 @@ def test_idle_it_gives_everything_back(pair: Pair) -> None:
         assert (usage.cached, usage.mapped_free) == (0, 0)
 
 
-def test_killed_under_load_it_leaves_its_memory(pair: Pair, plain: Result) -> None:
+def test_killed_under_load_it_leaves_its_memory(pair: Pair, oracle: Oracle) -> None:
     """Runs last: it ends the left engine of the pair while both work."""
     device = nvml.visible_devices({"CUDA_VISIBLE_DEVICES": "0"})[0]
     for engine in pair.engines.values():
@@ -182,7 +208,7 @@ def test_killed_under_load_it_leaves_its_memory(pair: Pair, plain: Result) -> No
     print(f"leases back {seconds:.2f} s after SIGKILL")
     # Its context and weights go too, so the device has it back and not the ledger alone.
     until(lambda: nvml.device_memory(device)[1] < before, 20)
-    parity(plain, pair.engines["right"].wait_round())
+    oracle.check(pair.engines["right"].wait_round())
 
 
 def test_a_page_in_use_without_memory_ends_the_engine(model: Path, plain: Result, tmp_path: Path) -> None:
