@@ -30,10 +30,11 @@ def _allocator(result: Any, *args: Any, **kwargs: Any) -> Any:
     return session.current().adopt_allocator(result)
 
 
-def _retract(original: Callable[..., Any], batch: Any) -> Any:
+def _retract(original: Callable[..., Any], batch: Any, *arguments: Any) -> Any:
+    """0.5.16 passes its arguments, too."""
     from elastickv.engines.sglang import retract
 
-    return retract.keep_last(original, batch)
+    return retract.keep_last(lambda same: original(same, *arguments), batch)
 
 
 def _too_long(result: str | None, *args: Any, **kwargs: Any) -> str | None:
