@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from elastickv import _core
 from elastickv.cli import checks, proof
 from elastickv.cli.checks import Finding
 from elastickv.config import Settings
+from elastickv.memory import Cache, RankGeometry
 from support import Outcome
 
 Cli = Callable[..., Outcome]
@@ -115,7 +119,7 @@ def test_a_tenant_whose_memory_is_elsewhere_is_not_proved(
     """An engine that joined the ledger and serves from memory of its own: the kernel gives it away."""
     monkeypatch.setattr(proof, "PAUSE_S", 0.01)
     with tenant("chat"):
-        monkeypatch.setattr(proof, "process_tree", lambda pid: [os.getpid()])
+        monkeypatch.setattr(proof, "ranks_of", lambda pid: [os.getpid()])
         outcome = cli("doctor", "--name", "chat", "--dir", directory)
     assert outcome.code == 1
     assert " mapped, the kernel says 0 bytes in process " in outcome.out
@@ -149,6 +153,49 @@ Rss:                  64 kB
     (tmp_path / "7").mkdir()
     (tmp_path / "7" / "smaps").write_text(listing)
     assert proof.kernel_bytes([7, 8], tmp_path) == proof.KernelBytes(192 << 10, 32 << 10)
+
+
+def test_ranks_are_found_by_their_page_table(tmp_path: Path) -> None:
+    """Whoever started them: one below the first rank, one beside it. A neighbour has a table of its own."""
+    lines = {
+        5: ["00:01 8 /memfd:elastickv (deleted)", "00:01 6 /memfd:elastickv-pages (deleted)"],
+        6: ["00:01 6 /memfd:elastickv-pages (deleted)"],
+        7: ["00:01 9 /memfd:elastickv-pages (deleted)", "00:01 6 /memfd:elastickv (deleted)"],
+        8: ["00:02 6 /memfd:elastickv-pages (deleted)", "00:01 6 /memfd:elastickv-pages-of-others (deleted)"],
+        9: ["00:01 9 /memfd:elastickv-pages (deleted)", "00:01 6 /memfd:elastickv-pages (deleted)"],
+    }
+    for pid, found in lines.items():
+        (tmp_path / str(pid)).mkdir()
+        (tmp_path / str(pid) / "maps").write_text("".join(f"7f00-7f01 rw-s 00000000 {line}\n" for line in found))
+    (tmp_path / "10").mkdir()
+    (tmp_path / "self").mkdir()
+    assert sorted(proof.ranks_of(5, tmp_path)) == [5, 6, 9]
+
+
+def test_ranks_in_a_process_beside_the_first_one_count(cli: Cli, directory: Path) -> None:
+    """As SGLang's: the rank is nobody's child here but the test's, as is the process that schedules."""
+    settings = Settings.load(
+        arguments={"directory": str(directory), "device": "host", "name": "pair", "capacity": 1 << 26}
+    )
+    cache = Cache.create(settings, num_blocks=64, ranks=[RankGeometry("host", 1, 65536)] * 2)
+    code = (
+        "import json, sys\nfrom elastickv.memory import RankMemory, RankSpec\n"
+        "memory = RankMemory.attach(RankSpec(**json.loads(sys.argv[1])))\nprint(flush=True)\nsys.stdin.read()"
+    )
+    ranks = []
+    try:
+        for rank in range(2):
+            spec = json.dumps(dataclasses.asdict(cache.rank_spec(rank)))
+            command = ["setsid", "--fork", sys.executable, "-c", code, spec]
+            ranks.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        cache.wait_ready(60)
+        assert cache.pool.alloc(8) is not None
+        outcome = cli("doctor", "--name", "pair", "--dir", directory)
+        assert outcome.code == 0, outcome.out
+    finally:
+        for process in ranks:
+            process.communicate("", timeout=60)
+        cache.close()
 
 
 def test_the_tree_of_a_process_whose_children_have_odd_names(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """Proof that a running engine is managed: what the ledger says it has mapped is what the kernel says.
 
 On the host every mapping of an elastic cache is listed in /proc/PID/smaps under the name of its memory file. The sum
-over the engine's processes must equal the mapped bytes that its ranks report on the ledger.
+over the engine's processes must equal the mapped bytes that its ranks report on the ledger. Its processes are those
+that have the same page table in memory: who started whom differs from engine to engine.
 """
 
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -17,9 +19,10 @@ from elastickv.ledger import TenantView, read_device
 from elastickv.ledgers import open_chosen_ledger
 from elastickv.units import format_size
 
-__all__ = ["KernelBytes", "kernel_bytes", "process_tree", "prove"]
+__all__ = ["KernelBytes", "kernel_bytes", "process_tree", "prove", "ranks_of"]
 
 MAPPING: Final = "/memfd:elastickv"
+TABLE: Final = "/memfd:elastickv-pages"
 TRIES: Final = 20
 PAUSE_S: Final = 0.1
 
@@ -44,6 +47,31 @@ def process_tree(pid: int, proc: Path = Path("/proc")) -> list[int]:
     for one in found:
         found.extend(children.get(one, []))
     return found
+
+
+def ranks_of(pid: int, proc: Path = Path("/proc")) -> list[int]:
+    """The process that schedules, and every process that has its page table: its ranks, wherever they run.
+
+    PermissionError where the first one cannot be read; others that cannot be are somebody else's.
+    """
+    tables = _tables(proc / str(pid))
+    found = [pid]
+    for entry in proc.iterdir():
+        if entry.name.isdecimal() and int(entry.name) != pid:
+            with suppress(PermissionError):
+                if not tables.isdisjoint(_tables(entry)):
+                    found.append(int(entry.name))
+    return found
+
+
+def _tables(entry: Path) -> set[tuple[str, str]]:
+    """Device and inode of the page tables that a process has mapped."""
+    try:
+        text = (entry / "maps").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return set()
+    rows = [line.split() for line in text.splitlines() if TABLE in line]
+    return {(row[3], row[4]) for row in rows if row[5] == TABLE}
 
 
 def kernel_bytes(pids: list[int], proc: Path = Path("/proc")) -> KernelBytes:
@@ -82,7 +110,7 @@ def prove(settings: Settings, name: str) -> Finding:
         if view.device != "host":
             return _by_ledger(check, tenant)
         try:
-            counted = kernel_bytes(process_tree(tenant.pid))
+            counted = kernel_bytes(ranks_of(tenant.pid))
         except PermissionError as error:
             return Finding(check, "bad", f"the kernel's figures cannot be read: {error}; run this as the engine's user")
         if 0 < counted.mapped == tenant.mapped:
@@ -102,7 +130,7 @@ def _agreement(tenant: TenantView, counted: KernelBytes) -> str:
 def _difference(tenant: TenantView, counted: KernelBytes) -> str:
     return (
         f"the ledger says {format_size(tenant.mapped)} mapped, the kernel says {format_size(counted.mapped)} in "
-        f"process {tenant.pid} and its children, and so at each of {TRIES} looks: it is not managed, or it maps "
+        f"process {tenant.pid} and its ranks, and so at each of {TRIES} looks: it is not managed, or it maps "
         "without a pause"
     )
 
