@@ -105,6 +105,7 @@ from fastapi.testclient import TestClient
 from elastickv import _core
 from elastickv.config import Settings
 from elastickv.engines.vllm import metrics
+from elastickv.telemetry import LedgerCollector
 ledger = _core.Ledger.open(sys.argv[1], "host", 1 << 20)
 mine = ledger.join("engine-" + str(os.getpid()))
 settings = Settings.load()
@@ -120,7 +121,7 @@ for _ in range(2):
     print("mine" if f'tenant="engine-{os.getpid()}"' in text else "nobody", "other" if 'tenant="other"' in text else "")
 def broken(self):
     raise RuntimeError("broken")
-metrics.LedgerCollector.collect = broken
+LedgerCollector.collect = broken
 print("down" if "elastickv_up 0.0" in client.get("/metrics").text else "up")
 """
 

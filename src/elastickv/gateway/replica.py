@@ -263,7 +263,9 @@ class Engine:
             raise InvalidArgument(f"{self.name} runs elsewhere, or has no sleep; it cannot be told to {what}")
         try:
             answer = await self._around.client.post(
-                f"{self.url}{path}", timeout=httpx.Timeout(within, connect=_PROBE_S)
+                f"{self.url}{path}",
+                json={},  # some want a body, be it empty
+                timeout=httpx.Timeout(within, connect=_PROBE_S),
             )
         except httpx.TimeoutException:
             raise DeadlineExceeded(f"waited {within:.0f} s for the engine {self.name} to {what}") from None
