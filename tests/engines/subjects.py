@@ -32,7 +32,7 @@ class Subject:
     once. `one_process`: variables for a run in as few processes as it can, `spread`: for one as it is served.
     `scheduler`, `worker`: how the titles of these processes begin; None where the scheduler works itself. `always`:
     bytes that it never gives back. `told`: what it logs at its start. `busy_step`: one at which several requests run.
-    `faulted`: what is told of an engine that touched absent memory.
+    `faulted`: what is told of an engine that touched absent memory. `sleep`, `wake`: methods, with their arguments.
     """
 
     kind: Name
@@ -55,6 +55,8 @@ class Subject:
     limit_refused: str
     large_blocks: dict[str, Any]
     block_refused: str
+    sleep: tuple[Any, ...]
+    wake: tuple[Any, ...]
 
     def caching(self, on: bool) -> dict[str, Any]:
         """Arguments with or without a prefix cache."""
@@ -118,6 +120,8 @@ VLLM: Final = Subject(
     large_blocks={"block_size": 512},
     block_refused="a block of its KV cache is 1 MiB; vLLM's null block and one more take 2 MiB, and the capacity of "
     "host is 1.5 MiB; raise it, or lower --block-size",
+    sleep=("sleep", 2),
+    wake=("wake_up",),
 )
 
 SGLANG: Final = Subject(
@@ -141,6 +145,8 @@ SGLANG: Final = Subject(
     limit_refused="",
     large_blocks={"page_size": 512},
     block_refused="",
+    sleep=("release_memory_occupation",),
+    wake=("resume_memory_occupation",),
 )
 
 SGLANG_0_5_16: Final = replace(

@@ -16,7 +16,7 @@ from elastickv._core import Ledger
 from elastickv.errors import NotFound
 from elastickv.ledger import order_limit
 from engines.conftest import TINY_PROMPTS as PROMPTS
-from engines.harness import EngineFailed, Job, start
+from engines.harness import Engine, EngineFailed, Job, start
 from engines.oracle import differences
 from engines.subjects import BLOCK, CORES, EACH, VLLM, Subject, look, until
 
@@ -106,10 +106,22 @@ def test_it_waits_beside_a_neighbour_and_obeys_limits_meanwhile(
             row = look(directory).tenant("one")
             assert row.static_bytes in TAKEN
             assert row.wanted.bytes == limit
+            _nothing_sleeps_but_the_cache(engine, subject, directory)
             result = engine.finish()
     assert differences(plain, result.tokens) == []
     assert f"elastickv waits for {ESTIMATE} of host for weights, graphs and activations: of 12" in result.log
     assert look(directory).tenant("one").wanted.bytes == limit, "kept for its restart"
+
+
+def _nothing_sleeps_but_the_cache(engine: Engine, subject: Subject, directory: Path) -> None:
+    """Without the engine's own option for sleep the weights stay, and stay leased."""
+    assert engine.call(*subject.sleep)[1] is None
+    row = look(directory).tenant("one")
+    assert row.leased == subject.always
+    assert row.static_bytes in TAKEN
+    assert row.asleep
+    assert engine.call(*subject.wake)[1] is None
+    assert not look(directory).tenant("one").asleep
 
 
 @pytest.mark.vllm

@@ -110,18 +110,6 @@ def test_sleep_gives_all_and_waking_waits_its_turn(tiny: Path, plain: Result, di
     assert differences(plain.tokens, second.rounds[1].tokens) == []
 
 
-def test_where_vllm_frees_nothing_nothing_is_given(tiny: Path, plain: Result, directory: Path) -> None:
-    """Without --enable-sleep-mode the weights stay, and stay leased; the cache goes all the same."""
-    with start(job(tiny, directory, 2, **ONE_PROCESS)) as engine:
-        engine.go()
-        engine.wait_round()
-        good(engine, "sleep", 2)
-        assert (one(directory).leased, one(directory).static_bytes) == (BLOCK, WEIGHTS)
-        assert good(engine, "wake_up") is True
-        result = engine.finish()
-    assert differences(plain.tokens * 2, result.tokens) == []
-
-
 @pytest.mark.parametrize("now", [False, True], ids=["plain", "now"])
 def test_a_limit_is_lowered_under_running_requests(tiny: Path, plain: Result, directory: Path, now: bool) -> None:
     """12 requests run when the limit is cut to what a few of them hold."""

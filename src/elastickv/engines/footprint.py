@@ -32,19 +32,24 @@ def on_gpu(
     the device does not have any more.
     """
     reserved = torch.cuda.memory_reserved(device) - sum(asleep.values())
-    besides = _besides(uuid, reserved + mapped, logger)
-    peak = torch.cuda.max_memory_reserved(device)
-    return {"used": reserved + besides, "peak": max(reserved, peak) + besides, "asleep": asleep}
+    seen = _seen(uuid, logger)
+    if seen is None:
+        used = reserved + _CONTEXT
+    elif asleep:  # more may have gone than is known by size
+        used = max(0, seen - mapped)
+    else:
+        used = max(reserved, seen - mapped)
+    more = max(0, torch.cuda.max_memory_reserved(device) - reserved)
+    return {"used": used, "peak": used + more, "asleep": asleep}
 
 
-def _besides(uuid: str, known: int, logger: logging.Logger) -> int:
-    """What the process has besides PyTorch's and the cache's memory."""
+def _seen(uuid: str, logger: logging.Logger) -> int | None:
+    """What NVML says that the process has, or None."""
     try:
-        seen = gpu.process_memory(uuid, os.getpid())
+        return gpu.process_memory(uuid, os.getpid())
     except ElasticKVError as error:
         logger.warning("elastickv estimates what this rank has besides PyTorch's memory: %s", error)
-        seen = None
-    return _CONTEXT if seen is None else max(0, seen - known)
+        return None
 
 
 def storage_bytes(models: Iterable[torch.nn.Module]) -> int:

@@ -26,7 +26,8 @@ class _Sglang:
         module="sglang.launch_server",
         model_option="--model-path",
         name_option="--served-model-name",
-        sleep_arguments=("--enable-memory-saver",),
+        # Without the latter its memory saver on a GPU forgets the weights.
+        sleep_arguments=("--enable-memory-saver", "--enable-weights-cpu-backup"),
         environment=(),
         sleep="/release_memory_occupation",
         wake="/resume_memory_occupation",

@@ -9,15 +9,19 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Final
 
 import torch
 
 from elastickv import _core
+from elastickv.config import Settings
 from elastickv.engines.footprint import Publisher, on_gpu, storage_bytes
 from elastickv.engines.sglang import ranks, weights
+from elastickv.engines.sleeper import Sleeper
 from elastickv.engines.static import Footprint, StaticLease
+from elastickv.engines.weightfile import choose_directory
+from elastickv.errors import ElasticKVError, EngineRefused
 from elastickv.memory import RankMemory, Tenancy
 from elastickv.memory.tenancy import attach_member
 from elastickv.planning.static import allowance, static_bytes
@@ -37,12 +41,17 @@ class Holdings:
         self.lease = lease
         self.memory: RankMemory | None = None
         """The cache, once there is one: its bytes are no part of these."""
+        self.sleeper: Sleeper | None = None
+        """What puts the weights into a file, on a CPU where SGLang's memory saver was asked for."""
         self._device = device
         self._scheduler = scheduler
+        self._asleep: dict[str, int] = {}
         self._publishes = bool(place["publishes"])
         self._member: _core.Tenant = attach_member(place)
         self._publisher = Publisher(self._member, self.measure, self._publishes)
         self._say_again = 0.0
+        self._said = 0
+        self._reserved = 0
 
     @classmethod
     def begin(
@@ -62,6 +71,8 @@ class Holdings:
         made = cls(devices[rank], lease, places[rank], scheduler)
         if made._on_gpu:
             made._publisher.start()
+        elif scheduler.server_args.enable_memory_saver:
+            made.sleeper = _sleeper(made._models)
         return made
 
     @property
@@ -71,13 +82,18 @@ class Holdings:
     def measure(self) -> Footprint:
         """Now. On the host only the model counts."""
         if not self._on_gpu:
-            model = storage_bytes(self._models())
+            model = storage_bytes(self._models()) if self.sleeper is None else self.sleeper.resident_bytes
             return {"used": model, "peak": model, "asleep": {}}
         mapped = 0 if self.memory is None else self.memory.mapped_bytes
-        return on_gpu(torch.cuda.current_device(), self._device, mapped, {}, _logger)
+        return on_gpu(torch.cuda.current_device(), self._device, mapped, self._asleep, _logger)
 
     def _models(self) -> list[torch.nn.Module]:
         return [self._scheduler.tp_worker.model_runner.model]
+
+    @property
+    def saver_on(self) -> bool:
+        """Whether SGLang's own memory saver frees what is released."""
+        return bool(self._scheduler.tp_worker.model_runner.memory_saver_adapter.enabled)
 
     def loaded(self) -> None:
         """Every rank has its weights, and nothing else yet: from here on a peak counts."""
@@ -95,15 +111,41 @@ class Holdings:
     def ready(self) -> None:
         """Every rank has its graphs, too."""
         self._publisher.stop()
-        reports = ranks.gather(self._publisher.publish())
+        reports = ranks.gather(self._publish())
         if self.lease is not None:
             self.lease.true_up(reports, more_to_come=True)
 
+    def publish(self, gone: Collection[str]) -> Footprint:
+        """Measures and says it; `gone`: tags of what SGLang has released and not resumed."""
+        # PyTorch goes on counting what the memory saver has unmapped. Graphs are not told apart: NVML knows.
+        released = "weights" in gone and self._on_gpu and self.saver_on
+        self._asleep = {"weights": storage_bytes(self._models())} if released else {}
+        return self._publish()
+
+    def shrink(self, gone: Collection[str]) -> None:
+        """Gives back what no rank has any more; all of them call this."""
+        if self.sleeper is None and not self.saver_on:
+            return  # the weights are there, and steps may go on
+        reports = ranks.gather(self.publish(gone))
+        if self.lease is not None:
+            self.lease.shrink(reports)
+
     def tick(self) -> None:
-        """Before each step: says now and then what a rank on a GPU has, so that it is not taken for somebody else's."""
+        """Before each step: says now and then what a rank on a GPU has, so that it is not taken for somebody else's.
+
+        Only PyTorch's memory grows by then; asking NVML for the rest would hold a step up.
+        """
         if self._publishes and self._on_gpu and (now := time.monotonic()) >= self._say_again:
             self._say_again = now + _EVERY_S
-            self._publisher.publish()
+            reserved = torch.cuda.memory_reserved()
+            if reserved != self._reserved:
+                self._member.publish_static_used(max(0, self._said + reserved - self._reserved))
+
+    def _publish(self) -> Footprint:
+        found = self._publisher.publish()
+        if self._on_gpu:
+            self._said, self._reserved = int(found["used"]), torch.cuda.memory_reserved()
+        return found
 
     def describe(self) -> str:
         """For people: "2 GiB static" or "nothing static"."""
@@ -112,7 +154,16 @@ class Holdings:
     def close(self) -> None:
         """Leaves the tenant; called when the rank's process is about to end."""
         self._publisher.stop()
+        if self.sleeper is not None:
+            self.sleeper.close()
         self._member.close()
+
+
+def _sleeper(models: Callable[[], list[torch.nn.Module]]) -> Sleeper:
+    try:
+        return Sleeper(models, choose_directory(Settings.load().sleep_dir), _logger)
+    except ElasticKVError as error:
+        raise EngineRefused(f"elastickv cannot let this engine sleep: {error.message}") from None
 
 
 def _estimates(lease: StaticLease, devices: list[str], scheduler: Any) -> list[int]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, Final
 
+from elastickv.config import Settings
+from elastickv.engines.sglang import memory_calls
 from elastickv.engines.sglang.release import Hook
 
 __all__ = ["COMMON", "ingested"]
@@ -44,28 +47,28 @@ def _too_long(result: str | None, *args: Any, **kwargs: Any) -> str | None:
     return None if result is None else session.current().explain_length(result)
 
 
-def _released(result: Any, updater: Any, request: Any) -> None:
-    """SGLang has made sure that it is idle, and has dropped its prefixes."""
-    from elastickv.engines.sglang import session
+def _metrics_page(original: Callable[..., Any], app: Any) -> Any:
+    """In the process that serves, once SGLang has said where the processes' common files are."""
+    from elastickv.engines.metrics import of_common_files
 
-    if not request.tags or "kv_cache" in request.tags:
-        session.current().release_cache()
-
-
-def _resumed(result: Any, updater: Any, request: Any) -> None:
-    from elastickv.engines.sglang import session
-
-    session.current().resumed()
+    of_common_files(Settings.load(), logging.getLogger("sglang.elastickv.metrics"))
+    return original(app)
 
 
 _CONFIGURATOR: Final = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 _UPDATER: Final = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+_CONTROL: Final = "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin"
 
 COMMON: Final = (
     Hook(f"{_CONFIGURATOR}._profile_available_bytes", _profile, "around"),
     Hook(f"{_CONFIGURATOR}._build_token_to_kv_pool_allocator", _allocator, "after"),
     Hook("sglang.srt.managers.schedule_batch.ScheduleBatch.retract_decode", _retract, "around"),
     Hook("sglang.srt.managers.utils.validate_input_length", _too_long, "after"),
-    Hook(f"{_UPDATER}.release_memory_occupation", _released, "after"),
-    Hook(f"{_UPDATER}.resume_memory_occupation", _resumed, "after"),
+    Hook("sglang.srt.managers.scheduler.Scheduler.get_next_batch_to_run", memory_calls.next_batch, "around"),
+    Hook(f"{_UPDATER}.release_memory_occupation", memory_calls.released, "around"),
+    Hook(f"{_UPDATER}.resume_memory_occupation", memory_calls.resumed, "around"),
+    Hook(f"{_CONTROL}.release_memory_occupation", memory_calls.release_answered, "around"),
+    Hook(f"{_CONTROL}.resume_memory_occupation", memory_calls.resume_answered, "around"),
+    Hook("sglang.srt.utils.torch_memory_saver_adapter.TorchMemorySaverAdapter.create", memory_calls.saver, "around"),
+    Hook("sglang.srt.utils.common.add_prometheus_middleware", _metrics_page, "around"),
 )

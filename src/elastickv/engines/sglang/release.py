@@ -25,7 +25,8 @@ class Release:
 
     `lowest` is managed, and everything from there to `below`, which is not. `versions`: that, for people. `strided`: by
     kind of pool, the attention backends that take rows with a stride. `backends`: the names of those that will read the
-    pool. `device`: the type of device that the engine runs on. Both are asked in the scheduler's process.
+    pool. `device`: the type of device that the engine runs on. `idle`: whether a scheduler has nothing to do, or holds
+    back what waits because it was paused. These are asked in the scheduler's process.
     """
 
     versions: str
@@ -36,3 +37,4 @@ class Release:
     strided: dict[str, frozenset[str]]
     backends: Callable[[], set[str]]
     device: Callable[[], str]
+    idle: Callable[[Any], bool]

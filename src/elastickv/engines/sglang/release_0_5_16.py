@@ -135,6 +135,10 @@ def _device() -> str:
     return str(get_server_args().device)
 
 
+def _idle(scheduler: Any) -> bool:
+    return bool(scheduler.is_fully_idle())
+
+
 _HOOKS: Final = (
     Hook(f"{_RUNNER}.ModelRunner.init_torch_distributed", _process_group, "after"),
     Hook(f"{_SCHEDULER}.Scheduler.process_input_requests", hooks.ingested, "after"),
@@ -189,4 +193,5 @@ RELEASE: Final = Release(
     strided={"mha": frozenset({"triton", "torch_native"}), "mla": frozenset({"triton", "torch_native"})},
     backends=_backends,
     device=_device,
+    idle=_idle,
 )

@@ -57,6 +57,10 @@ def _device() -> str:
     return str(get_device().device)
 
 
+def _idle(scheduler: Any) -> bool:
+    return bool(scheduler.is_fully_idle(ignore_waiting=scheduler._engine_paused))
+
+
 _HOOKS: Final = (
     Hook(f"{_SCHEDULER}.Scheduler.init_model_worker", _init_model_worker, "around"),
     Hook(f"{_SCHEDULER}.Scheduler.ingest_requests", hooks.ingested, "after"),
@@ -111,4 +115,5 @@ RELEASE: Final = Release(
     },
     backends=_backends,
     device=_device,
+    idle=_idle,
 )

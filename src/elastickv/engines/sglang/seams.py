@@ -14,6 +14,7 @@ _POOL: Final = "sglang.srt.mem_cache.memory_pool"
 _TOKEN: Final = "sglang.srt.mem_cache.allocator.token"
 _PAGED: Final = "sglang.srt.mem_cache.allocator.paged"
 _UPDATER: Final = "sglang.srt.managers.scheduler_components.weight_updater"
+_CONTROL: Final = "sglang.srt.managers.tokenizer_control_mixin"
 
 COMMON: Final = (
     # hooked
@@ -29,7 +30,13 @@ COMMON: Final = (
     Seam("sglang.srt.managers.utils", "validate_input_length", ("req", "max_req_input_len", "allow_auto_truncate")),
     Seam(_UPDATER, "SchedulerWeightUpdaterManager.release_memory_occupation", ("self", "recv_req")),
     Seam(_UPDATER, "SchedulerWeightUpdaterManager.resume_memory_occupation", ("self", "recv_req")),
+    Seam(_SCHEDULER, "Scheduler.get_next_batch_to_run", ("self", "running_batch", "last_batch")),
+    Seam(_CONTROL, "TokenizerControlMixin.release_memory_occupation", ("self", "obj", "request")),
+    Seam(_CONTROL, "TokenizerControlMixin.resume_memory_occupation", ("self", "obj", "request")),
+    Seam("sglang.srt.utils.torch_memory_saver_adapter", "TorchMemorySaverAdapter.create", ("enable",)),
+    Seam("sglang.srt.utils.common", "add_prometheus_middleware", ("app",)),
     # relied on
+    Seam("sglang.srt.managers.schedule_batch", "NextBatchPlan", ("batch_to_run", "running_batch")),
     Seam(_SCHEDULER, "Scheduler.is_fully_idle", ("self",)),
     Seam(_POOL, "MHATokenToKVPool._create_buffers_normal", ("self",)),
     Seam(_POOL, "MLATokenToKVPool._create_buffers", ("self",)),

@@ -16,9 +16,10 @@ from elastickv.engines.sglang.bell import Bell
 from elastickv.engines.sglang.channel import Channel
 from elastickv.engines.sglang.holdings import Holdings
 from elastickv.engines.sglang.layout import Rows
+from elastickv.engines.sglang.occupation import Occupation
 from elastickv.engines.sglang.ration import Ration
 from elastickv.engines.sglang.release import Release
-from elastickv.errors import DeadlineExceeded, EngineRefused, Unavailable
+from elastickv.errors import EngineRefused, Unavailable
 from elastickv.memory import Cache, RankMemory, RankSpec, Tenancy, device_page
 from elastickv.memory.asking import Asking
 from elastickv.units import format_size
@@ -28,7 +29,6 @@ __all__ = ["Session", "current", "forget", "start"]
 _logger = logging.getLogger("sglang.elastickv")
 
 READY_S: Final = 60.0
-UNMAP_S: Final = 60.0
 
 _here: list[Session] = []
 
@@ -74,6 +74,7 @@ class Session:
         self.cache: Cache | None = None
         self.memory: RankMemory | None = None
         self.holdings: Holdings | None = None
+        self.occupation: Occupation | None = None
         self.channel = Channel()
         self._ration: Ration | None = None
         self._asking: Asking | None = None
@@ -95,11 +96,17 @@ class Session:
             self.tenancy = Tenancy.join(self.settings, self.devices, engine=f"sglang {self.version}")
             self.tenancy.watch_limits()
         self.holdings = Holdings.begin(self.tenancy, self.devices, self.rank, self.scheduler, self._while_waiting)
+        self.occupation = Occupation(self, self.holdings)
+
+    def engaged_occupation(self) -> Occupation:
+        """What releases and resumes memory, once there is an engine."""
+        occupation: Occupation = self._need(self.occupation)
+        return occupation
 
     def _while_waiting(self) -> None:
-        """What must go on while the engine waits for memory beside its cache."""
-        if self._ration is not None and self._ration.tree is not None:
-            self.tick()
+        """While the engine waits for memory beside its cache."""
+        if self.occupation is not None:
+            self.occupation.while_waiting()
 
     def virtual_bytes(self) -> int:
         """How far the addresses of one rank reach, in bytes; the same on every rank. The model has been loaded."""
@@ -274,33 +281,9 @@ class Session:
         stream.wait_stream(self.scheduler.forward_stream)
         memory.fence(ticket, stream.cuda_stream)
 
-    # --- release and resume of memory
-
-    def release_cache(self) -> None:
-        """All pages go back at once, and are unmapped on return: SGLang has dropped its prefixes, and nothing runs."""
-        ration = self._need(self._ration)
-        self._fence(ration.give_all())
-        if self.cache is None:
-            return
-        until = time.monotonic() + UNMAP_S
-        while (stats := self.cache.pool.stats())["transit"]:
-            if time.monotonic() >= until:
-                raise DeadlineExceeded(
-                    f"waited {UNMAP_S:.0f} s for the ranks to unmap {format_size(stats['transit'])} of the cache of an "
-                    "engine that released its memory; is a step stuck on the device?"
-                )
-            time.sleep(0.001)
-            self.cache.pool.poll()
-        self._describe("asleep")
-
-    def resumed(self) -> None:
-        """After SGLang has taken its memory back. The cache fills again when it is used."""
-        self._describe("")
-
-    def _describe(self, state: str) -> None:
-        text = f"sglang {self.version}" + (f", {state}" if state else "")
-        for tenant in self.tenancy.tenants.values() if self.tenancy is not None else ():
-            tenant.describe(engine=text)
+    def order_all_back(self) -> None:
+        """All pages of the cache are to go: SGLang has dropped its prefixes, and nothing runs."""
+        self._fence(self._need(self._ration).give_all())
 
     def close(self) -> None:
         """Leaves the ledger."""

@@ -1,4 +1,4 @@
-"""Sleep on the CPU, where vLLM's own does nothing: weights go to a file and their memory to the kernel.
+"""Sleep of a vLLM on the CPU, where its own does nothing: see engines/sleeper.py.
 
 Weights are of two kinds. Tensors are written when the engine goes to sleep. What oneDNN has packed for its kernels
 cannot be read back, so what it was made from is written when it is made, and is packed again on waking.
@@ -8,8 +8,6 @@ Runs in the worker, on its thread.
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,20 +18,17 @@ import torch
 from vllm.logger import init_logger
 
 from elastickv.config import Settings
-from elastickv.engines.vllm.model_tensors import Packed, Saved, bytes_of, held_bytes, release_to_kernel, storages
+from elastickv.engines.sleeper import Sleeper as WeightSleeper
+from elastickv.engines.sleeper import file_deadline
+from elastickv.engines.vllm.packed import Packed
 from elastickv.engines.weightfile import WeightFile, choose_directory
 from elastickv.errors import ElasticKVError, EngineRefused, InvalidArgument
-from elastickv.units import format_size
 
 __all__ = ["CPU_WORKER", "OPERATIONS", "PLATFORM", "Sleeper", "begin", "check_level", "packed_besides", "wanted"]
 
 _logger = init_logger("vllm.elastickv")
 
 Method = Callable[..., Any]
-
-_DEADLINE_S: Final = 60.0
-_SLOWEST: Final = 20 * 1000 * 1000
-"""Bytes a second: a disk that is slower than this is taken for broken."""
 
 _recorder: ContextVar[Sleeper | None] = ContextVar("elastickv_recorder", default=None)
 
@@ -78,30 +73,18 @@ def begin(worker: Any) -> Sleeper | None:
         raise EngineRefused(f"elastickv cannot let this engine sleep: {error.message}") from None
 
 
-class Sleeper:
-    """The weights of one worker's models."""
+class Sleeper(WeightSleeper):
+    """The weights of one worker's models, and what is packed of them."""
 
     def __init__(self, runner: Any, directory: Path) -> None:
-        self._runner = runner
-        self._directory = directory
+        super().__init__(lambda: _models(runner), directory, _logger)
         self._packed: list[Packed] = []
         self._packed_file = WeightFile(directory)
-        self._saved: list[Saved] = []
-        self._file: WeightFile | None = None
-
-    @property
-    def asleep(self) -> bool:
-        """Whether the weights are in the file only."""
-        return self._file is not None
 
     @property
     def resident_bytes(self) -> int:
         """Of weights in memory: tensors and what is packed."""
-        return held_bytes(self._models()) + sum(one.resident for one in self._packed)
-
-    def _models(self) -> list[torch.nn.Module]:
-        drafter = getattr(getattr(self._runner, "drafter", None), "model", None)
-        return [self._runner.get_model(), *([drafter] if isinstance(drafter, torch.nn.Module) else [])]
+        return super().resident_bytes + sum(one.resident for one in self._packed)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -119,88 +102,30 @@ class Sleeper:
             if gone.region is not None:
                 self._packed_file.forget(gone.region)
         try:
-            packed.keep(self._packed_file, weight, _until(packed.size))
+            packed.keep(self._packed_file, weight, file_deadline(packed.size))
         except ElasticKVError as error:
             raise EngineRefused(f"elastickv cannot let this engine sleep: {error.message}") from None
         self._packed.append(packed)
 
-    def sleep(self) -> None:
-        """Writes first, then frees. Unavailable or DeadlineExceeded, with everything as it was, if it cannot write."""
-        if self.asleep:
-            return
-        before, began = _resident(), time.monotonic()
-        found = storages(self._models())
-        size = sum(storage.nbytes() for storage, _ in found)
-        until = _until(size)
-        file = WeightFile(self._directory)
-        try:
-            saved = [Saved(storage, tensors, file.reserve(storage.nbytes())) for storage, tensors in found]
-            for one, (storage, _) in zip(saved, found, strict=True):
-                file.write(one.region, bytes_of(storage), until)
-        except ElasticKVError as error:
-            file.close()
-            text = f"elastickv: the engine stays awake: {error.message}"
-            raise type(error)(text, **error.attributes) from None
-        found.clear()
-        self._file, self._saved = file, saved
-        size += sum(one.resident for one in self._packed)
-        self._release()
-        self._tell("are in", size, before, began)
-
-    def _release(self) -> None:
-        for saved in self._saved:
-            saved.release()
+    def _release_more(self) -> None:
         for packed in self._packed:
             packed.release()
-        release_to_kernel()
 
-    def wake(self) -> None:
-        """Takes memory and reads all of it back. If that fails it is asleep as before, and the error says why."""
-        file = self._file
-        if file is None:
-            return
-        before, began = _resident(), time.monotonic()
-        until = _until(file.size + self._packed_file.size)
-        try:
-            for saved in self._saved:
-                saved.restore(file, until)
-            for packed in self._packed:  # after the tensors: some are packed together with scales that lie in those
-                packed.restore(self._packed_file, until)
-        except BaseException as error:  # whatever it was goes on; half a model must not stay
-            self._release()
-            if isinstance(error, ElasticKVError):
-                text = f"elastickv: the engine stays asleep: {error.message}"
-                raise type(error)(text, **error.attributes) from None
-            raise
-        self._file, self._saved = None, []
-        file.close()
-        self._tell("came back from", self.resident_bytes, before, began)
-
-    def _tell(self, what: str, size: int, before: int, began: float) -> None:
-        _logger.info(
-            "elastickv: %s of weights %s %s: %.2f s, the process had %s in memory and has %s",
-            format_size(size),
-            what,
-            self._directory,
-            time.monotonic() - began,
-            format_size(before),
-            format_size(_resident()),
-        )
+    def _restore(self, file: WeightFile) -> None:
+        until = file_deadline(file.size + self._packed_file.size)
+        super()._restore(file)
+        for packed in self._packed:  # after the tensors: some are packed together with scales that lie in those
+            packed.restore(self._packed_file, until)
 
     def close(self) -> None:
         """Gives the room on the disk back. What sleeps then does not wake."""
         self._packed_file.close()
-        if self._file is not None:
-            self._file.close()
+        super().close()
 
 
-def _until(size: int) -> float:
-    return time.monotonic() + _DEADLINE_S + size / _SLOWEST
-
-
-def _resident() -> int:
-    """What the kernel says that this process has in memory, bytes."""
-    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def _models(runner: Any) -> list[torch.nn.Module]:
+    drafter = getattr(getattr(runner, "drafter", None), "model", None)
+    return [runner.get_model(), *([drafter] if isinstance(drafter, torch.nn.Module) else [])]
 
 
 # --- hooks

@@ -37,7 +37,7 @@ def model(tmp_path: Path) -> Any:
 def test_every_kind_goes_and_comes_back(tmp_path: Path) -> None:
     import torch
 
-    from elastickv.engines.vllm.model_tensors import Saved, bytes_of, held_bytes, storages
+    from elastickv.engines.model_tensors import Saved, bytes_of, held_bytes, storages
 
     made = model(tmp_path)
     file = WeightFile(tmp_path)
@@ -89,3 +89,41 @@ def test_a_file_says_what_is_wrong(tmp_path: Path) -> None:
     file.close()
     file.close()
     assert [path.name for path in tmp_path.iterdir()] == ["runtime"], "it never had a name"
+
+
+def test_a_sleeper_that_cannot_write_leaves_all_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import logging
+
+    import torch
+
+    from elastickv.engines import sleeper
+
+    made = model(tmp_path)
+    rows = {name: value.clone() for name, value in made.state_dict().items()}
+    one = sleeper.Sleeper(lambda: [made], tmp_path, logging.getLogger("test"))
+    size = one.resident_bytes
+
+    def same() -> bool:
+        return all(torch.equal(rows[name], value) for name, value in made.state_dict().items())
+
+    with monkeypatch.context() as broken:
+        broken.setattr(sleeper, "file_deadline", lambda size: 0.0)
+        with pytest.raises(DeadlineExceeded, match=r"^elastickv: the engine stays awake: writing weights in "):
+            one.sleep()
+        assert not one.asleep
+        assert one.resident_bytes == size
+        assert same()
+    one.sleep()
+    assert one.asleep
+    assert one.resident_bytes == 0
+    with monkeypatch.context() as broken:
+        broken.setattr(sleeper, "file_deadline", lambda size: 0.0)
+        with pytest.raises(DeadlineExceeded, match=r"^elastickv: the engine stays asleep: reading weights in "):
+            one.wake()
+        assert one.asleep
+        assert one.resident_bytes == 0
+    one.wake()
+    assert not one.asleep
+    assert one.resident_bytes == size
+    assert same()
+    one.close()
