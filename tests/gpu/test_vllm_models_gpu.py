@@ -43,7 +43,7 @@ class Big:
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Big:
     if request.param == "llama-8b":  # 128 KiB of cache a token: the 64 requests would like 3.9 GiB
         folder = make_llama_8b(tmp_path_factory.mktemp("models") / "llama-8b")
-        return Big("llama-8b", folder, 128_256, 6144 * MIB, 1280 * MIB, 16)
+        return Big("llama-8b", folder, 128_256, 6144 * MIB, 1280 * MIB, 8)
     from elastickv.demo.model import ensure_model
 
     try:  # 22.5 KiB a token: 700 MiB
