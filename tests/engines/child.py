@@ -112,6 +112,7 @@ def _round(
         "held": order.held,
         "cached": cached,
         "moved": moves.ordered if moves else 0,
+        "preemptions": int(_counters(llm)["vllm:num_preemptions"]),
     }
 
 

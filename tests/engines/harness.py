@@ -107,6 +107,8 @@ class Round:
     """How often each request of an SGLang was sent back to wait."""
     moved: int = 0
     """Limits that the job's `moves` have ordered since the engine's start."""
+    preemptions: int = 0
+    """Requests that were sent back to wait since the engine's start, SGLang says "retracted"."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -135,8 +137,8 @@ class Result:
 
     @property
     def preemptions(self) -> int:
-        """Requests that were sent back to wait, SGLang says "retracted"."""
-        return int(self.counters.get("vllm:num_preemptions", self.counters.get("retractions", 0)))
+        """Requests that were sent back to wait."""
+        return self.rounds[-1].preemptions
 
     @property
     def prefix_hits(self) -> int:

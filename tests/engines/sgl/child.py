@@ -35,23 +35,29 @@ def main() -> None:
         if not line:
             break
         (place / "round").write_text(str(number), encoding="ascii")
-        done, retracted = _round(engine, prompts, job["max_tokens"])
-        retractions += retracted
-        send(events, event="round", **done, **json.loads((place / "inside.json").read_text(encoding="ascii")))
+        done = _round(engine, prompts, job["max_tokens"])
+        retractions += sum(done["retracted"])
+        send(
+            events,
+            event="round",
+            preemptions=retractions,
+            **done,
+            **json.loads((place / "inside.json").read_text(encoding="ascii")),
+        )
     else:
-        send(events, event="done", counters={"retractions": retractions}, peak_bytes=peak_bytes())
+        send(events, event="done", counters={}, peak_bytes=peak_bytes())
         sys.stdin.readline()
     engine.shutdown()
 
 
-def _round(engine: Any, prompts: list[Any], max_tokens: int) -> tuple[dict[str, Any], int]:
-    """Sends all prompts at once and waits for all answers: what a round has, and how many requests were retracted."""
+def _round(engine: Any, prompts: list[Any], max_tokens: int) -> dict[str, Any]:
+    """Sends all prompts at once and waits for all answers: what a round has."""
     params = {"temperature": 0.0, "max_new_tokens": max_tokens, "ignore_eos": True}
     began, burnt = time.monotonic(), cpu_seconds()
     answers = engine.generate(input_ids=prompts, sampling_params=params)
     seconds = time.monotonic() - began
     facts = [answer["meta_info"] for answer in answers]
-    done = {
+    return {
         "tokens": [answer["output_ids"] for answer in answers],
         "margins": [],
         "first": [],
@@ -60,7 +66,6 @@ def _round(engine: Any, prompts: list[Any], max_tokens: int) -> tuple[dict[str, 
         "cached": [fact["cached_tokens"] for fact in facts],
         "retracted": [fact["num_retractions"] for fact in facts],
     }
-    return done, sum(done["retracted"])
 
 
 if __name__ == "__main__":

@@ -41,6 +41,9 @@ class Tree:
     def evictable_size(self) -> int:
         return sum(len(ids) for ids in self.kept)
 
+    def supports_mamba(self) -> bool:
+        return False
+
     def evict(self, params: Any) -> Any:
         gone = 0
         while gone < params.num_tokens and self.kept:
@@ -165,6 +168,23 @@ class Play:
         lengths = torch.full([blocks], self.page + 1)
         assert self.allocator.alloc_decode(lengths, lengths, lengths - 2) is None
 
+    def turned_away(self, ledger: Any) -> None:
+        """A request that does not fit beside the neighbour waits, and has asked for the memory."""
+
+        def misses() -> int:
+            (mine,) = (row["counters"]["misses"] for row in ledger.view()["tenants"] if row["name"] == "one")
+            return int(mine)
+
+        before = misses()
+        tokens = 150 * self.page
+        budget = self.allocator.create_prefill_budget(self.tree)
+        budget.total_offset += 0.3  # SGLang's estimate of what running requests may need yet
+        asked = {"extend_input_len": tokens, "total_tokens": tokens, "max_new_tokens": 0, "input_tokens": tokens}
+        fits, _ = budget.check_prefill(**asked, swa_host_hit_length=0, chunk_limit=None)
+        assert not fits
+        assert misses() > before
+        self.check()
+
     def until(self, what: str, done: Any) -> None:
         limit = time.monotonic() + 30
         while not done():
@@ -209,6 +229,7 @@ def main() -> None:
         return taken >= 200
 
     play.until("a neighbour", squeeze)
+    play.turned_away(ledger)
     play.ration.is_idle = lambda: True
     while play.tree.kept:
         play.tree.evict(SimpleNamespace(num_tokens=1))

@@ -20,9 +20,13 @@ class ElasticPrefillBudget(PrefillBudget):  # type: ignore[misc]
         return bool(self.allocator.admits(self.tree_cache, promised=self.current_offset, tokens=tokens))
 
     def check_prefill(
-        self, *, extend_input_len: int, chunk_limit: int | None, **kwargs: Any
+        self, *, extend_input_len: int, total_tokens: int, chunk_limit: int | None, **kwargs: Any
     ) -> tuple[bool, int | None]:
-        fits, limit = super().check_prefill(extend_input_len=extend_input_len, chunk_limit=chunk_limit, **kwargs)
+        kwargs |= {"extend_input_len": extend_input_len, "total_tokens": total_tokens, "chunk_limit": chunk_limit}
+        fits, limit = super().check_prefill(**kwargs)
+        if not fits:
+            self.allocator.demand(self.tree_cache, promised=self.total_offset, tokens=total_tokens)
+            fits, limit = super().check_prefill(**kwargs)
         if not fits:
             return False, None
         at_once = extend_input_len if limit is None else min(extend_input_len, limit)

@@ -9,6 +9,7 @@ use, or withheld (no memory behind it, and none to be had now). Its checks for l
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -107,6 +108,13 @@ class _Elastic(BaseTokenToKVPoolAllocator):  # type: ignore[misc]
         prefixes to take it from."""
         need = promised + -(-tokens // self.page_size) * self.page_size + self.page_size
         return bool(self.secure(need) + tree_cache.evictable_size() >= need)
+
+    def demand(self, tree_cache: Any, *, promised: float, tokens: int) -> None:
+        """Asks for what a request lacks that SGLang's own count would not let in; else no neighbour would hear of it.
+
+        `promised`: with SGLang's estimate of what running requests may need yet, which is no whole number.
+        """
+        self.secure(math.ceil(promised + tokens + self.page_size - tree_cache.evictable_size()))
 
     def room(self, tree_cache: Any, *, promised: int, tokens: int) -> int:
         """So many of `tokens` more could be computed now, in whole pages unless it is all of them."""

@@ -82,13 +82,17 @@ def _open_again(scheduler: Any, running_batch: Any) -> None:
 
 def _admit(original: Callable[..., Any], adder: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
     """What a request needs at once has memory when it is admitted (admission.py)."""
-    from sglang.srt.managers.schedule_policy import AddReqResult
+    from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, AddReqResult
 
-    tokens = _left(request)
+    allocator, tokens = adder.token_to_kv_pool_allocator, _left(request)
+    answer = max(request.sampling_params.max_new_tokens - len(request.output_ids), 0)
+    whole = tokens + min(answer, CLIP_MAX_NEW_TOKENS) + adder.page_size
     if adder.rem_chunk_tokens is not None:
         tokens = min(tokens, adder.rem_chunk_tokens)
     with adder._lock_node(request.last_node):  # its own prefix cannot make room for it
-        if tokens < adder.rem_total_tokens and not adder.token_to_kv_pool_allocator.admits(
+        if whole >= adder.rem_total_tokens:
+            allocator.demand(adder.tree_cache, promised=adder.rem_total_token_offset, tokens=whole)
+        if tokens < adder.rem_total_tokens and not allocator.admits(
             adder.tree_cache, promised=_promised(adder), tokens=tokens
         ):
             return AddReqResult.NO_TOKEN
