@@ -43,7 +43,8 @@ class Job:
     `damage_blocks` blocks in use are damaged: "corrupt" overwrites them, "unmap" takes the memory behind them away,
     "none" leaves them alone, "corrupt_all" overwrites every block that there is (of a plain engine); several words are
     for a round each.
-    `probe`: a method of the (first) worker, called before every step; a round has its answers.
+    `probe`: a method of the (first) worker, called before every step; a round has its answers. SGLang: "running", how
+    many requests are.
     `engine` and `environment` are laid over the kind's own, `environment` over this process's own, too.
     `moves`: the fields of moves.Moves.
     """

@@ -71,20 +71,23 @@ class _Inside:
         self.round = "-1"
         self.steps = 0
         self.damaged: list[int] = []
+        self.running: list[int] = []
 
     def before(self, scheduler: Any, *_: Any, **batches: Any) -> None:
         if not _first_rank() or scheduler.is_fully_idle():
             return
         number = (_place() / "round").read_text(encoding="ascii")
         if number != self.round:
-            self.round, self.steps, self.damaged = number, 0, []
+            self.round, self.steps, self.damaged, self.running = number, 0, [], []
         if self.moves:
             self.moves.before(self.steps)
         if self.steps == self.job["damage_at"]:
             self.damaged = _damage(scheduler, self.job["damage"][int(number)], self.job["damage_blocks"])
         self.steps += 1
+        if self.job["probe"] == "running":
+            self.running.append(len(scheduler.running_batch.reqs))
         moved = self.moves.ordered if self.moves else 0
-        text = json.dumps({"steps": self.steps, "damaged": self.damaged, "moved": moved})
+        text = json.dumps({"steps": self.steps, "damaged": self.damaged, "moved": moved, "probed": self.running})
         (_place() / "inside.new").write_text(text, encoding="ascii")
         (_place() / "inside.new").replace(_place() / "inside.json")
 

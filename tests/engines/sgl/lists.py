@@ -41,9 +41,6 @@ class Tree:
     def evictable_size(self) -> int:
         return sum(len(ids) for ids in self.kept)
 
-    def supports_mamba(self) -> bool:
-        return False
-
     def evict(self, params: Any) -> Any:
         gone = 0
         while gone < params.num_tokens and self.kept:
@@ -176,13 +173,12 @@ class Play:
             return int(mine)
 
         before = misses()
-        tokens = 150 * self.page
-        budget = self.allocator.create_prefill_budget(self.tree)
-        budget.total_offset += 0.3  # SGLang's estimate of what running requests may need yet
-        asked = {"extend_input_len": tokens, "total_tokens": tokens, "max_new_tokens": 0, "input_tokens": tokens}
-        fits, _ = budget.check_prefill(**asked, swa_host_hit_length=0, chunk_limit=None)
-        assert not fits
+        # SGLang's estimate of what running requests may need yet is no whole number.
+        self.allocator.demand(self.tree, promised=0.3, tokens=150 * self.page)
         assert misses() > before
+        asked_again: list[bool] = []
+        self.ration.on_more = lambda: asked_again.append(True)
+        self.until("another try", lambda: bool(asked_again))
         self.check()
 
     def until(self, what: str, done: Any) -> None:

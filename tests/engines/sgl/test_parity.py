@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from engines.conftest import TINY_PROMPTS, PlainSGLang
-from engines.harness import start
+from engines.harness import run, start
 from engines.oracle import differences
 from engines.subjects import BLOCK, CORES, SGLANG, kill, look, until
 
@@ -58,3 +58,17 @@ def test_answers_are_those_of_a_plain_engine(
     assert done.moved > 40
     assert sum(seen.histograms.unmap.counts) >= 5 * ranks
     assert seen.counters.evicted_limit > 0
+
+
+def test_a_raised_limit_lets_requests_in_before_one_has_left(tiny_llama: Path, directory: Path) -> None:
+    """SGLang closes admission until a running request leaves: in memory of its own, nothing else makes room."""
+    raised = 40
+    moves = {"directory": str(directory), "device": "host", "name": "one", "every": raised}
+    limits = [10 * BLOCK, BLOCKS * BLOCK]
+    environment = SGLANG.managed(directory, blocks=BLOCKS)
+    done = run(
+        SGLANG.job(tiny_llama, [TINY_PROMPTS], environment, moves={**moves, "limits": limits}, probe="running")
+    ).rounds[0]
+    before, after = done.probed[raised - 1], done.probed[raised : 2 * raised]
+    assert before > 0
+    assert next(number for number in after if number != before) > before, done.probed

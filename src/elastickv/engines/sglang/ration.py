@@ -27,6 +27,9 @@ Runs = list[tuple[int, int]]
 _LOOK_EVERY_S: Final = 0.005
 """How often the ledger is asked how much more could be had, and the idle clock is read."""
 
+_RETRY_EVERY_S: Final = 0.05
+"""As often as a demand is refreshed, or it lapses (memory/asking.py)."""
+
 _ROUNDS: Final = 12
 """Rounds of dropping prefixes for one demand. Each asks for twice as many, so this ends with all of them."""
 
@@ -45,7 +48,8 @@ class Growth(msgspec.Struct, array_like=True):
 class Look(msgspec.Struct, array_like=True):
     """A look at what is asked of this engine. `reclaim`: something is, and the engine is `idle` or not.
 
-    `preempt`: a limit that was ordered to hold now needs running requests to go.
+    `preempt`: a limit that was ordered to hold now needs running requests to go. `retry`: what
+    was refused is to be asked for again, or the demand for it lapses.
     """
 
     growable: int
@@ -53,6 +57,7 @@ class Look(msgspec.Struct, array_like=True):
     idle: bool = False
     preempt: bool = False
     ticket: int = 0
+    retry: bool = False
 
 
 class Left(msgspec.Struct, array_like=True):
@@ -81,7 +86,7 @@ class Ration:
         self.is_idle: Callable[[], bool] = lambda: False
         self.is_running: Callable[[], bool] = lambda: False
         self.on_more: Callable[[], None] = lambda: None
-        """Called by a look that finds that more could be had than before it."""
+        """Called by a look that finds that more could be had than before it, or that a demand has to be made again."""
         self._ask = ask
         self._mask = torch.zeros(blocks + 1, dtype=torch.bool)
         self._allocator: Any = None
@@ -90,6 +95,8 @@ class Ration:
         self._preempt = False
         self._look_again = 0.0
         self._idle_due = 0.0
+        self._unmet = False
+        self._retry_again = 0.0
 
     def adopt(self, allocator: Any) -> None:
         """The allocator whose list this is."""
@@ -124,6 +131,7 @@ class Ration:
         gained = sum(n for _, n in runs)
         if gained >= missing:
             return Growth(runs, max(0, self.growable - gained))
+        self._unmet = True
         return Growth(runs, self._headroom(pool, gained))
 
     def _clip(self, runs: Runs) -> Runs:
@@ -149,7 +157,7 @@ class Ration:
         look = self._decide("look", self._looked, Look)
         more = look.growable > self.growable
         self.growable, self._preempt = look.growable, look.preempt
-        if more:
+        if more or look.retry:
             self.on_more()
         self.ticket = max(self.ticket, look.ticket)
         if look.reclaim:
@@ -165,7 +173,11 @@ class Ration:
         idle = self.is_idle()
         due = idle and now >= self._idle_due and self._due(pool, now)
         preempt = not idle and pool.preempt_blocks() > 0
-        return Look(self._headroom(pool), pool.attention() or due, idle, preempt, pool.ticket())
+        room = self._headroom(pool)
+        retry = self._unmet and now >= self._retry_again
+        if retry:
+            self._unmet, self._retry_again = False, now + _RETRY_EVERY_S
+        return Look(room, pool.attention() or due, idle, preempt, pool.ticket(), retry)
 
     def _due(self, pool: Pool, now: float) -> bool:
         left_us = pool.next_deadline_us(True)
