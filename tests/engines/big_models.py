@@ -29,8 +29,8 @@ def make_llama_8b(folder: Path, seed: int = 0) -> Path:
 
     hidden, inner, vocabulary = (LLAMA_8B[key] for key in ("hidden_size", "intermediate_size", "vocab_size"))
     heads, kv_heads, size = (LLAMA_8B[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
-    # What a layer adds is made smaller, so that 32 add up to what the 4 of the tiny model do: with more, the answers end
-    # in short loops (6 different tokens of 96, with these gains 15; a model of hidden size 512 and 32 layers, on a CPU).
+    # What a layer adds is made smaller, so that 32 add up to what the 4 of the tiny model do: with more, the answers
+    # end in short loops (6 different tokens of 96, with these gains 15; hidden size 512 and 32 layers, on a CPU).
     deep = (4 / LLAMA_8B["num_hidden_layers"]) ** 0.5
     shapes = {
         "self_attn.q_proj": (heads * size, hidden, 1.6),
