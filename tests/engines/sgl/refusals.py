@@ -1,8 +1,8 @@
 """Starts a managed server with arguments that must be refused, each in a fork of one process that has SGLang loaded.
 
-A case is a line of JSON on stdin, {"argv": [...], "environment": {...}}, and is answered with one: its exit code, what
-it said, how long it took from its arguments on, and the commands of processes that it left. The variables are those of
-a managed engine.
+A case is a line of JSON on stdin: {"argv": [...], "environment": {...}}, or with "model" a configuration that the
+plug-in looks at, and no server. It is answered with a line: the exit code, what was said, how long it took from the
+arguments on, and the commands of processes that were left. The variables are those of a managed engine.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 DEADLINE_S = 240.0
@@ -57,7 +58,10 @@ def _serve(case: dict[str, Any], said: int) -> NoReturn:
         from sglang.srt.server_args import prepare_server_args
 
         load_plugins()
-        run_server(prepare_server_args(case["argv"]))
+        if "model" in case:
+            _look_at(case["model"])
+        else:
+            run_server(prepare_server_args(case["argv"]))
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
@@ -65,6 +69,16 @@ def _serve(case: dict[str, Any], said: int) -> NoReturn:
         traceback.print_exc()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _look_at(config: dict[str, Any]) -> None:
+    """Of a model that SGLang itself does not take on a CPU: what the plug-in says of such a configuration."""
+    from transformers import PretrainedConfig
+
+    from elastickv.engines.sglang.entry import check_model
+
+    model = {"hf_config": PretrainedConfig(**config), "is_hybrid_swa": False, "linear_attn_registry_result": None}
+    check_model(SimpleNamespace(**model))
 
 
 def _wait(child: int, until: float) -> int | None:

@@ -83,9 +83,16 @@ class Servers:
 
     def start(self, arguments: str = "", model: Path | None = None, **environment: str) -> Ended:
         argv = ["--model-path", str(model or self.model), *_arguments(), *arguments.split()]
+        return self._ask({"argv": argv, "environment": environment})
+
+    def look_at(self, **config: Any) -> Ended:
+        """What is said of a model with that configuration; nothing is started."""
+        return self._ask({"model": config, "environment": {}})
+
+    def _ask(self, case: dict[str, Any]) -> Ended:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"argv": argv, "environment": environment}) + "\n")
+        self._process.stdin.write(json.dumps(case) + "\n")
         self._process.stdin.flush()
         return Ended(**json.loads(self._process.stdout.readline()))
 
@@ -159,6 +166,10 @@ def test_models_whose_blocks_are_kept_apart(servers: Servers, tmp_path: Path) ->
     (windows / "config.json").write_text(json.dumps(config), encoding="utf-8")
     ended = servers.start("--attention-backend triton", windows)
     check_refused(ended, "sliding windows (--disable-hybrid-swa-memory")
+    sparse = servers.look_at(architectures=["DeepseekV32ForCausalLM"], index_topk=64)
+    check_refused(sparse, "DeepSeek sparse attention")
+    check_refused(servers.look_at(architectures=["DeepseekV4ForCausalLM"]), "the attention of DeepSeek-V4")
+    assert servers.look_at(architectures=["DeepseekV3ForCausalLM"]).code == 0
 
 
 def test_settings_that_are_wrong(servers: Servers) -> None:

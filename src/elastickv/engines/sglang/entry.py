@@ -36,31 +36,20 @@ def check(server_args: Any) -> None:
 
 def check_model(model: Any) -> None:
     """Refuses a model whose blocks are not all of one kind. `model`: SGLang's ModelConfig."""
-    from sglang.srt.configs import model_config
+    from sglang.srt.configs.hybrid_arch import mambaish_config
+    from sglang.srt.configs.model_config import is_deepseek_dsa, is_deepseek_v4
 
-    kinds = {
-        "DeepSeek sparse attention": "is_deepseek_dsa",
-        "the attention of DeepSeek-V4": "is_deepseek_v4",
-    }
-    found = [what for what, name in kinds.items() if getattr(model_config, name, _is_not)(model.hf_config)]
-    if not found and model.is_hybrid_swa:
-        found = ["sliding windows (--disable-hybrid-swa-memory gives them whole blocks)"]
-    if not found and _has_states(model):
-        found = ["states beside its blocks (Mamba, linear attention)"]
-    if found:
-        raise EngineRefused(
-            f"elastickv cannot manage a model with {found[0]}: its blocks are kept apart; use a model with full "
-            "attention, or unset ELASTICKV to serve without it"
-        )
-
-
-def _is_not(_: Any) -> bool:
-    return False
-
-
-def _has_states(model: Any) -> bool:
-    try:
-        from sglang.srt.configs.hybrid_arch import mambaish_config
-    except ImportError:  # a release that has it elsewhere: such a pool is refused when it is made
-        return False
-    return mambaish_config(model) is not None
+    if is_deepseek_dsa(model.hf_config):
+        found = "DeepSeek sparse attention"
+    elif is_deepseek_v4(model.hf_config):
+        found = "the attention of DeepSeek-V4"
+    elif model.is_hybrid_swa:
+        found = "sliding windows (--disable-hybrid-swa-memory gives them whole blocks)"
+    elif mambaish_config(model) is not None:
+        found = "states beside its blocks (Mamba, linear attention)"
+    else:
+        return
+    raise EngineRefused(
+        f"elastickv cannot manage a model with {found}: its blocks are kept apart; use a model with full attention, or "
+        "unset ELASTICKV to serve without it"
+    )

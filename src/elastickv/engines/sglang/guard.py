@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from elastickv.engines import seams
 from elastickv.engines.refusal import refuse as _refuse
 
 __all__ = ["examine", "refuse", "watch"]
@@ -36,17 +37,14 @@ def examine(check: Callable[[Any], None]) -> None:
     """Has the arguments of every engine that this process starts looked at first; `check` may raise."""
     from sglang.srt.server_args import ServerArgs
 
-    original = ServerArgs.check_server_args
-    if getattr(original, "_elastickv", False):
-        return
+    def make(original: Callable[[Any], None]) -> Callable[[Any], None]:
+        def examined(self: Any) -> None:
+            check(self)
+            original(self)
 
-    @functools.wraps(original)
-    def examined(self: Any) -> None:
-        check(self)
-        original(self)
+        return examined
 
-    examined._elastickv = True  # type: ignore[attr-defined]
-    ServerArgs.check_server_args = examined
+    seams.wrap(ServerArgs, "check_server_args", make)
 
 
 def watch(before: Callable[[Any], None], after: Callable[[Any], None], failed: Callable[[], None]) -> None:

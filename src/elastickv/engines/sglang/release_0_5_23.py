@@ -76,6 +76,7 @@ _SEAMS: Final = (
     Seam(_PLATFORM, "SRTPlatform.get_kv_pool_cls", ("self", "kind")),
     Seam(_REGISTRY, "create_unified_radix_cache", ("ctx", "cache_class")),
     # relied on
+    Seam("sglang.srt.arg_groups.model_override_base", "resolving_view", ("server_args",)),
     Seam("sglang.srt.runtime_context", "attention_backends", ()),
     Seam("sglang.srt.runtime_context", "get_device", ()),
     Seam(_BASE, "BaseTokenToKVPoolAllocator.evict_to_free_tokens", ("self", "tree_cache", "num_tokens")),

@@ -37,6 +37,10 @@ COMMON: Final = (
     Seam("sglang.srt.utils.common", "add_prometheus_middleware", ("app",)),
     # relied on
     Seam("sglang.srt.managers.schedule_batch", "NextBatchPlan", ("batch_to_run", "running_batch")),
+    Seam("sglang.srt.configs.model_config", "ModelConfig.from_server_args", ("server_args",)),
+    Seam("sglang.srt.configs.model_config", "is_deepseek_dsa", ("config",)),
+    Seam("sglang.srt.configs.model_config", "is_deepseek_v4", ("config",)),
+    Seam("sglang.srt.configs.hybrid_arch", "mambaish_config", ("model_config",)),
     Seam(_SCHEDULER, "Scheduler.is_fully_idle", ("self",)),
     Seam(_POOL, "MHATokenToKVPool._create_buffers_normal", ("self",)),
     Seam(_POOL, "MLATokenToKVPool._create_buffers", ("self",)),
