@@ -11,18 +11,19 @@ from typing import Any
 import pytest
 
 from engines.conftest import TINY_PROMPTS, PlainSGLang
-from engines.harness import run, start
+from engines.harness import Engine, run, start
 from engines.oracle import differences
 from engines.subjects import BLOCK, CORES, SGLANG, kill, look, until
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
 BLOCKS = 64
+SAVER: dict[str, Any] = {"enable_memory_saver": True}
 FORMS: dict[str, tuple[dict[str, Any], bytes]] = {
     "page-1": ({"page_size": 1}, b""),
     "page-16": ({"page_size": 16}, b""),
-    "page-1-tensor": ({"page_size": 1, "tp_size": 2}, b"sglang::scheduler_TP1"),
-    "page-16-pipeline": ({"page_size": 16, "pp_size": 2}, b"sglang::scheduler_PP1"),
+    "page-1-tensor": ({"page_size": 1, "tp_size": 2, **SAVER}, b"sglang::scheduler_TP1"),
+    "page-16-pipeline": ({"page_size": 16, "pp_size": 2, **SAVER}, b"sglang::scheduler_PP1"),
 }
 """Arguments, and how the title of the second rank's process begins."""
 
@@ -51,6 +52,7 @@ def test_answers_are_those_of_a_plain_engine(
             tokens += done.tokens
         seen = look(directory).tenant("one")
         if second:
+            _both_ranks_sleep_and_wake(running, directory)
             running.go()
             until(lambda: look(directory).tenant("one").usage.used > 4 * BLOCK, 60)
             kill(running, second, directory)
@@ -72,3 +74,15 @@ def test_a_raised_limit_lets_requests_in_before_one_has_left(tiny_llama: Path, d
     before, after = done.probed[raised - 1], done.probed[raised : 2 * raised]
     assert before > 0
     assert next(number for number in after if number != before) > before, done.probed
+
+
+def _both_ranks_sleep_and_wake(running: Engine, directory: Path) -> None:
+    """Cache and weights go on both, or the next round would not begin."""
+    assert running.call("release_memory_occupation")[1] is None
+    row = look(directory).tenant("one")
+    assert row.asleep
+    assert row.usage.cached == 0
+    assert row.leased == row.usage.pinned
+    assert running.call("resume_memory_occupation")[1] is None
+    assert not look(directory).tenant("one").asleep
+    assert running.log().count("of weights came back from") == 2
