@@ -57,7 +57,7 @@ def rank(monkeypatch: pytest.MonkeyPatch, directory: Path) -> Iterator[Rank]:
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: figures.reserved * MIB)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda *_: figures.peak * MIB)
     for name in ("empty_cache", "reset_peak_memory_stats", "current_device"):
-        monkeypatch.setattr(torch.cuda, name, lambda: 0)
+        monkeypatch.setattr(torch.cuda, name, lambda *_: 0)
     monkeypatch.setattr(gpu, "process_memory", lambda uuid, pid: figures.process * MIB)
     monkeypatch.setattr(ranks, "gather", lambda mine: [mine])
     monkeypatch.setattr(holdings, "_EVERY_S", 0.0)

@@ -44,6 +44,8 @@ class Holdings:
         self.sleeper: Sleeper | None = None
         """What puts the weights into a file, on a CPU where SGLang's memory saver was asked for."""
         self._device = device
+        # Of this thread: another one, such as the publisher's, begins on the first GPU.
+        self._ordinal = torch.cuda.current_device() if device != "host" else 0
         self._scheduler = scheduler
         self._asleep: dict[str, int] = {}
         self._publishes = bool(place["publishes"])
@@ -85,7 +87,7 @@ class Holdings:
             model = storage_bytes(self._models()) if self.sleeper is None else self.sleeper.resident_bytes
             return {"used": model, "peak": model, "asleep": {}}
         mapped = 0 if self.memory is None else self.memory.mapped_bytes
-        return on_gpu(torch.cuda.current_device(), self._device, mapped, self._asleep, _logger)
+        return on_gpu(self._ordinal, self._device, mapped, self._asleep, _logger)
 
     def _models(self) -> list[torch.nn.Module]:
         return [self._scheduler.tp_worker.model_runner.model]
@@ -101,7 +103,7 @@ class Holdings:
         if self._on_gpu:
             gc.collect()
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats(self._ordinal)
             more = allowance(storage_bytes(self._models()), on_gpu=True)
         found = self.measure()
         reports = ranks.gather({**found, "peak": int(found["used"]) + more})
@@ -137,14 +139,14 @@ class Holdings:
         """
         if self._publishes and self._on_gpu and (now := time.monotonic()) >= self._say_again:
             self._say_again = now + _EVERY_S
-            reserved = torch.cuda.memory_reserved()
+            reserved = torch.cuda.memory_reserved(self._ordinal)
             if reserved != self._reserved:
                 self._member.publish_static_used(max(0, self._said + reserved - self._reserved))
 
     def _publish(self) -> Footprint:
         found = self._publisher.publish()
         if self._on_gpu:
-            self._said, self._reserved = int(found["used"]), torch.cuda.memory_reserved()
+            self._said, self._reserved = int(found["used"]), torch.cuda.memory_reserved(self._ordinal)
         return found
 
     def describe(self) -> str:
