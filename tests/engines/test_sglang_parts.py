@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
+import sys
+from abc import ABC
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, Protocol
 
 import pytest
 
@@ -157,3 +160,31 @@ def test_a_backend_that_wants_whole_layers_gets_them() -> None:
     assert layout_for(pool, "mha", shapes, {"triton"}, strided).blocks == 11
     with pytest.raises(EngineRefused, match="choose one of fa3"):
         layout_for(pool, "mha", ((2, 8), (2, 4)), {"other"}, strided)
+
+
+def test_a_cache_of_a_class_that_the_release_chose_becomes_elastic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As SGLang 0.5.16 has its cache without prefixes: its attributes come from a base beside an abstract one."""
+    other = SimpleNamespace(UnifiedRadixCache=type("UnifiedRadixCache", (), {}))
+    monkeypatch.setitem(sys.modules, "sglang.srt.mem_cache.unified_radix_cache", other)
+    tree: Any = ModuleType("elastickv.engines.sglang.tree")
+    exec(Path(gate.__file__).with_name("tree.py").read_text(encoding="utf-8"), tree.__dict__)
+
+    class Trait(Protocol):
+        token_to_kv_pool_allocator: Any
+
+    class Base(ABC, Trait):
+        def protected_size(self) -> int:
+            return 5
+
+    stock = type(
+        "ChunkCache", (Base,), {"__module__": "sglang.srt.mem_cache.chunk_cache", "__qualname__": "ChunkCache"}
+    )
+    cache: Any = stock()
+    cache.token_to_kv_pool_allocator = SimpleNamespace(withheld_size=lambda: 7)
+    adopted = tree.adopt(cache)
+    assert adopted is cache
+    assert isinstance(adopted, tree.Elastic)
+    assert isinstance(adopted, stock)
+    assert adopted.protected_size() == 12
+    with pytest.raises(EngineRefused, match=r"cannot manage the prefix cache .*Base; unset"):
+        tree.adopt(Base())

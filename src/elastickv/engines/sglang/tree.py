@@ -17,7 +17,7 @@ _ADOPTED: Final = ("sglang.srt.mem_cache.radix_cache.RadixCache", "sglang.srt.me
 
 
 class Elastic:
-    """What they do differently; comes before SGLang's class.
+    """What they do differently.
 
     SGLang's check for lost memory adds up what is available, evictable, protected and in use, and expects the whole
     virtual cache. Blocks that no memory can be had for are none of these: they are said to be protected.
@@ -26,6 +26,7 @@ class Elastic:
     token_to_kv_pool_allocator: Any
 
     def protected_size(self) -> int:
+        """Before SGLang's class among the bases."""
         stock: Any = super()
         return int(stock.protected_size()) + int(self.token_to_kv_pool_allocator.withheld_size())
 
@@ -42,5 +43,11 @@ def adopt(cache: Any) -> Any:
             f"elastickv cannot manage the prefix cache {stock.__qualname__}; unset SGLANG_ENABLE_UNIFIED_RADIX_TREE "
             "and SGLANG_EXPERIMENTAL_CPP_RADIX_TREE, or unset ELASTICKV to serve without it"
         )
-    cache.__class__ = type(f"Elastic{stock.__name__}", (Elastic, stock), {})
+
+    def protected_size(self: Any) -> int:
+        return int(stock.protected_size(self)) + int(self.token_to_kv_pool_allocator.withheld_size())
+
+    # SGLang's class comes first: where it has its attributes from another base, Python lets an object change its class
+    # for no other order.
+    cache.__class__ = type(f"Elastic{stock.__name__}", (stock, Elastic), {"protected_size": protected_size})
     return cache
