@@ -49,7 +49,9 @@ FORMS = {
     "latent": Form({"page_size": 16}, 32, "token, one span", latent=True),
     "latent-token-uncached": Form({"page_size": 1, **SGLANG.uncached}, 32, "token, one span", True, False),
     # SGLang takes a backend for decoding that it knows to do without Triton, and any other beside it.
-    "layers": Form({"prefill_attention_backend": "torch_rows"}, 64, "layer, 8 spans"),
+    "layers-mixed-chunks": Form(
+        {"prefill_attention_backend": "torch_rows", "enable_mixed_chunk": True}, 64, "layer, 8 spans"
+    ),
 }
 
 
