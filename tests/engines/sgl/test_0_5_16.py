@@ -47,16 +47,18 @@ def test_answers_are_those_of_a_plain_engine_and_no_page_in_use_is_spare(
     damage = {"damage": ["none", "none", "unmap"], "damage_at": SGLANG_0_5_16.busy_step}
     environment = SGLANG_0_5_16.managed(directory, blocks=BLOCKS)
     rounds = [*ROUNDS, TINY_PROMPTS]
-    with start(SGLANG_0_5_16.job(tiny_llama, rounds, environment, moves=moves, **damage)) as running:
+    saver = {"enable_memory_saver": True}
+    with start(SGLANG_0_5_16.job(tiny_llama, rounds, environment, engine=saver, moves=moves, **damage)) as running:
         answers = []
         for _ in ROUNDS:
             running.go()
             done = running.wait_round()
             answers += done.tokens
         seen = look(directory).tenant("one")
-        assert running.call("release_memory_occupation", ["kv_cache"]) == (None, None)
+        assert running.call("release_memory_occupation") == (None, None)
         assert look(directory).tenant("one").leased == SGLANG_0_5_16.always
-        assert running.call("resume_memory_occupation", ["kv_cache"]) == (None, None)
+        assert running.call("resume_memory_occupation") == (None, None)
+        assert "of weights came back from" in running.log()
         running.go()
         with pytest.raises(EngineFailed, match="before 'round'"):
             running.wait_round()
