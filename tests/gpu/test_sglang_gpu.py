@@ -98,8 +98,13 @@ class Oracle:
 
     def __init__(self, model: Path, plain: Result) -> None:
         self.plain = plain
-        # SGLang's own switch for tests of itself: a request is sent back every few steps, whatever the memory.
-        every = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "8"}
+        # SGLang's own switch for tests of itself, whatever the memory: every second step a request is sent back, and
+        # waits until few run. Without that wait it would be the same one again and again.
+        every = {
+            "SGLANG_TEST_RETRACT": "1",
+            "SGLANG_TEST_RETRACT_INTERVAL": "2",
+            "SGLANG_TEST_RETRACT_NO_PREFILL_BS": "16",
+        }
         squeezed = run(job(model, every, rounds=1, engine={"max_total_tokens": 65536}))
         assert squeezed.preemptions > 0
         through, again = parted(plain, squeezed.rounds[0])
