@@ -84,17 +84,16 @@ def _admit(original: Callable[..., Any], adder: Any, request: Any, *args: Any, *
     """What a request needs at once has memory when it is admitted (admission.py)."""
     from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, AddReqResult
 
-    allocator, tokens = adder.token_to_kv_pool_allocator, _left(request)
-    answer = max(request.sampling_params.max_new_tokens - len(request.output_ids), 0)
-    whole = tokens + min(answer, CLIP_MAX_NEW_TOKENS) + adder.page_size
+    allocator, tree = adder.token_to_kv_pool_allocator, adder.tree_cache
+    tokens = _left(request)
+    answer = max(0, request.sampling_params.max_new_tokens - len(request.output_ids))
+    total = tokens + min(answer, CLIP_MAX_NEW_TOKENS) + adder.page_size
     if adder.rem_chunk_tokens is not None:
         tokens = min(tokens, adder.rem_chunk_tokens)
     with adder._lock_node(request.last_node):  # its own prefix cannot make room for it
-        if whole >= adder.rem_total_tokens:
-            allocator.demand(adder.tree_cache, promised=adder.rem_total_token_offset, tokens=whole)
-        if tokens < adder.rem_total_tokens and not allocator.admits(
-            adder.tree_cache, promised=_promised(adder), tokens=tokens
-        ):
+        if total >= adder.rem_total_tokens:
+            allocator.demand(tree, promised=adder.rem_total_token_offset, tokens=total)
+        if total < adder.rem_total_tokens and not allocator.admits(tree, promised=_promised(adder), tokens=tokens):
             return AddReqResult.NO_TOKEN
     return original(adder, request, *args, **kwargs)
 
