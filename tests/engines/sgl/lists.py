@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from collections import deque
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any, Final
 
@@ -181,6 +182,18 @@ class Play:
         self.until("another try", lambda: bool(asked_again))
         self.check()
 
+    def let_a_chunk_wait(self) -> None:
+        """Nobody else begins in a pass in which a request that has begun waits for memory."""
+        if find_spec("sglang.srt.mem_cache.prefill_budget") is None:
+            return  # 0.5.16 has no such class
+        budget = self.allocator.create_prefill_budget(self.tree)
+        asked = {"total_tokens": 1, "max_new_tokens": 0, "input_tokens": 1, "swa_host_hit_length": 0}
+        assert budget.check_prefill(extend_input_len=1, chunk_limit=None, **asked) == (True, None)
+        promised, budget.current_offset = budget.current_offset, (BLOCKS + 1) * self.page
+        assert budget.available_chunk_tokens(64) is None
+        budget.current_offset = promised
+        assert budget.check_prefill(extend_input_len=1, chunk_limit=None, **asked) == (False, None)
+
     def until(self, what: str, done: Any) -> None:
         limit = time.monotonic() + 30
         while not done():
@@ -213,6 +226,7 @@ def main() -> None:
     play.begin(CAPACITY // 4 // BLOCK_BYTES + 1)  # beyond the limit: it has to wait, whatever else is going on
     assert play.refused == refused + 1
     play.refuse_pages(CAPACITY // 4 // BLOCK_BYTES + 1)
+    play.let_a_chunk_wait()
     play.wanted_again(ledger)
     play.begin(200)
     play.end()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from engines.harness import EngineFailed, Result, run, start
 from engines.kinds import COMMON
 from engines.kinds import SGLANG_0_5_16 as KIND
 from engines.oracle import differences
-from engines.subjects import BLOCK, SGLANG_0_5_16, look
+from engines.subjects import BLOCK, SGLANG_0_5_16, greedy_neighbour, look
 
 pytestmark = [
     pytest.mark.sglang,
@@ -38,7 +39,8 @@ def plain(tiny_llama: Path) -> Result:
 def test_answers_are_those_of_a_plain_engine_and_no_page_in_use_is_spare(
     tiny_llama: Path, plain: Result, directory: Path
 ) -> None:
-    """48 requests in 4 MiB and in 1 MiB, by turns of three steps; they would take 6 MiB together.
+    """48 requests in 4 MiB and in 1 MiB, by turns of three steps; they would take 6 MiB together. With the second half,
+    a neighbour has 1.9 MiB and takes up to 1 more.
 
     Once these are answered, memory behind four tokens in use is taken away: that ends the engine.
     """
@@ -50,10 +52,12 @@ def test_answers_are_those_of_a_plain_engine_and_no_page_in_use_is_spare(
     saver = {"enable_memory_saver": True}
     with start(SGLANG_0_5_16.job(tiny_llama, rounds, environment, engine=saver, moves=moves, **damage)) as running:
         answers = []
-        for _ in ROUNDS:
-            running.go()
-            done = running.wait_round()
-            answers += done.tokens
+        running.wait_ready()
+        for company in (nullcontext(), greedy_neighbour(directory, base=30, most=16)):
+            with company:
+                running.go()
+                done = running.wait_round()
+                answers += done.tokens
         seen = look(directory).tenant("one")
         assert running.call("release_memory_occupation") == (None, None)
         assert look(directory).tenant("one").leased == SGLANG_0_5_16.always
@@ -72,13 +76,37 @@ def test_answers_are_those_of_a_plain_engine_and_no_page_in_use_is_spare(
     assert look(directory).held == 0
 
 
-def test_doctor_knows_it() -> None:
-    """As in an environment that has that SGLang alone."""
+def _say(code: str) -> str:
+    """What a Python with that SGLang alone prints."""
     paths = [*map(str, KIND.path), process_environment().get("PYTHONPATH", "")]
     environment = process_environment() | COMMON | {"PYTHONPATH": ":".join(filter(None, paths))}
-    code = "from elastickv.cli.checks import engine_checks; print(*engine_checks('sglang'), sep='\\n')"
     command = [sys.executable, "-W", "ignore", "-c", code]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 0, ended.stderr[-4000:]
-    assert "outcome='ok', text='version 0.5.16; 0.5.16 or >=0.5.23,<0.6 is managed'" in ended.stdout
-    assert "bad" not in ended.stdout
+    return ended.stdout
+
+
+def test_doctor_knows_it() -> None:
+    said = _say("from elastickv.cli.checks import engine_checks; print(*engine_checks('sglang'), sep='\\n')")
+    assert "outcome='ok', text='version 0.5.16; 0.5.16 or >=0.5.23,<0.6 is managed'" in said
+    assert "bad" not in said
+
+
+CACHES = """
+from types import SimpleNamespace
+from sglang.srt.mem_cache.chunk_cache import ChunkCache
+from sglang.srt.mem_cache.radix_cache import RadixCache
+from elastickv.engines.sglang import tree
+
+for stock in ChunkCache, RadixCache:
+    cache = stock.__new__(stock)
+    cache.protected_size_ = 5
+    cache.token_to_kv_pool_allocator = SimpleNamespace(withheld_size=lambda: 7)
+    assert tree.adopt(cache) is cache
+    print(type(cache).__mro__[1].__name__, cache.protected_size(), isinstance(cache, tree.Elastic))
+"""
+
+
+def test_what_is_withheld_is_protected_with_and_without_a_prefix_cache() -> None:
+    """A cache of chunks protects nothing itself."""
+    assert "ChunkCache 7 True\nRadixCache 12 True\n" in _say(CACHES)

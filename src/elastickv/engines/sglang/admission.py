@@ -16,12 +16,17 @@ __all__ = ["ElasticPrefillBudget"]
 class ElasticPrefillBudget(PrefillBudget):  # type: ignore[misc]
     """For one pass over the waiting requests."""
 
+    _chunk_waits = False
+    """A request that has begun waits for memory. Nobody else begins: SGLang takes it for a part of every batch."""
+
     def _secured(self, tokens: int) -> bool:
         return bool(self.allocator.admits(self.tree_cache, promised=self.current_offset, tokens=tokens))
 
     def check_prefill(
         self, *, extend_input_len: int, total_tokens: int, chunk_limit: int | None, **kwargs: Any
     ) -> tuple[bool, int | None]:
+        if self._chunk_waits:
+            return False, None
         kwargs |= {"extend_input_len": extend_input_len, "total_tokens": total_tokens, "chunk_limit": chunk_limit}
         fits, limit = super().check_prefill(**kwargs)
         if not fits:
@@ -33,8 +38,12 @@ class ElasticPrefillBudget(PrefillBudget):  # type: ignore[misc]
         return (True, limit) if self._secured(at_once) else (False, None)
 
     def can_allocate_prefill(self, *, paged_input: int, **kwargs: Any) -> bool:
+        if self._chunk_waits:
+            return False
         return bool(super().can_allocate_prefill(paged_input=paged_input, **kwargs)) and self._secured(paged_input)
 
     def available_chunk_tokens(self, chunk_limit: int) -> int | None:
         """The next chunk of a request that has begun; None: it waits. SGLang's own budget lets it go on regardless."""
-        return self.allocator.room(self.tree_cache, promised=self.current_offset, tokens=chunk_limit) or None
+        room = self.allocator.room(self.tree_cache, promised=self.current_offset, tokens=chunk_limit)
+        self._chunk_waits = room == 0
+        return room or None

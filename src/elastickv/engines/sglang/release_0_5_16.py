@@ -99,14 +99,15 @@ def _admit(original: Callable[..., Any], adder: Any, request: Any, *args: Any, *
 
 
 def _continue(original: Callable[..., Any], adder: Any, request: Any) -> Any:
-    """The next chunk of a request that has begun, as far as there is memory. It waits where there is none."""
+    """The next chunk of a request that has begun, as far as there is memory. It waits where there is none.
+
+    Nobody else begins meanwhile: SGLang takes the one that has begun for a part of every batch.
+    """
     wanted = min(_left(request), adder.rem_chunk_tokens)
     room = adder.token_to_kv_pool_allocator.room(adder.tree_cache, promised=_promised(adder), tokens=wanted)
-    if room == 0:
-        return request
     if room < wanted:
         adder.rem_chunk_tokens = room
-    return original(adder, request)
+    return request if room == 0 else original(adder, request)
 
 
 def _promised(adder: Any) -> int:
