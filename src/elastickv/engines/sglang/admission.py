@@ -17,7 +17,8 @@ class ElasticPrefillBudget(PrefillBudget):  # type: ignore[misc]
     """For one pass over the waiting requests."""
 
     _chunk_waits = False
-    """A request that has begun waits for memory. Nobody else begins: SGLang takes it for a part of every batch."""
+    """One that has begun lacks memory. Nobody else begins: SGLang knows of one only, and takes it for a part of every
+    batch."""
 
     def _secured(self, tokens: int) -> bool:
         return bool(self.allocator.admits(self.tree_cache, promised=self.current_offset, tokens=tokens))
@@ -45,5 +46,5 @@ class ElasticPrefillBudget(PrefillBudget):  # type: ignore[misc]
     def available_chunk_tokens(self, chunk_limit: int) -> int | None:
         """The next chunk of a request that has begun; None: it waits. SGLang's own budget lets it go on regardless."""
         room = self.allocator.room(self.tree_cache, promised=self.current_offset, tokens=chunk_limit)
-        self._chunk_waits = room == 0
+        self._chunk_waits = room < chunk_limit
         return room or None

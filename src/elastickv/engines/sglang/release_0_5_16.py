@@ -101,13 +101,16 @@ def _admit(original: Callable[..., Any], adder: Any, request: Any, *args: Any, *
 def _continue(original: Callable[..., Any], adder: Any, request: Any) -> Any:
     """The next chunk of a request that has begun, as far as there is memory. It waits where there is none.
 
-    Nobody else begins meanwhile: SGLang takes the one that has begun for a part of every batch.
+    Until its last chunk nobody else begins: SGLang knows of one that has begun, and takes it for a part of every batch.
     """
     wanted = min(_left(request), adder.rem_chunk_tokens)
     room = adder.token_to_kv_pool_allocator.room(adder.tree_cache, promised=_promised(adder), tokens=wanted)
     if room < wanted:
         adder.rem_chunk_tokens = room
-    return request if room == 0 else original(adder, request)
+    unfinished = request if room == 0 else original(adder, request)
+    if unfinished is not None:
+        adder.rem_chunk_tokens = 0
+    return unfinished
 
 
 def _promised(adder: Any) -> int:
