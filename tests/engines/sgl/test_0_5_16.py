@@ -66,7 +66,6 @@ def test_answers_are_those_of_a_plain_engine_and_no_page_in_use_is_spare(
         running.go()
         with pytest.raises(EngineFailed, match="before 'round'"):
             running.wait_round()
-        assert SGLANG_0_5_16.faulted in running.log()
     assert differences(plain.tokens, answers) == []
     assert seen.engine == "sglang 0.5.16"
     assert seen.layout == SGLANG_0_5_16.layout
