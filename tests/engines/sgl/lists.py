@@ -39,6 +39,9 @@ class Tree:
     def supports_prefix_sharing(self) -> bool:
         return True
 
+    def supports_mamba(self) -> bool:
+        return False
+
     def evictable_size(self) -> int:
         return sum(len(ids) for ids in self.kept)
 
