@@ -8,8 +8,10 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <filesystem>
 #include <functional>
 #include <memory>
@@ -28,7 +30,8 @@ struct Directory {
     std::string root, path;
     Directory() {
         std::string pattern = (std::filesystem::temp_directory_path() / "ledger-test-XXXXXX").string();
-        if (mkdtemp(pattern.data()) == nullptr) check::fail(__FILE__, __LINE__, "mkdtemp failed");
+        if (mkdtemp(pattern.data()) == nullptr)
+            check::fail(__FILE__, __LINE__, "no directory " + pattern + ": " + std::strerror(errno));
         root = pattern;
         path = root + "/ekv";
     }

@@ -7,7 +7,6 @@ engine. While something is not there that a step would touch, no step is run, an
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Final
 
@@ -16,8 +15,8 @@ import msgspec
 from elastickv.engines.sglang import ranks
 from elastickv.engines.sglang.holdings import Holdings
 from elastickv.engines.sglang.memory_calls import BUSY
-from elastickv.errors import DeadlineExceeded, ElasticKVError, LimitExceeded, Unavailable
-from elastickv.units import format_size
+from elastickv.engines.unmapped import wait_unmapped
+from elastickv.errors import ElasticKVError, LimitExceeded, Unavailable
 
 if TYPE_CHECKING:
     from elastickv.engines.sglang.session import Session
@@ -29,8 +28,6 @@ _CACHE: Final = "kv_cache"
 _GRAPHS: Final = "cuda_graph"
 _ALL: Final = (_CACHE, _WEIGHTS, _GRAPHS)
 """SGLang's own tags (constants.py of 0.5.23); all of them are meant where a call names none."""
-
-_UNMAP_S: Final = 60.0
 
 Call = Callable[[list[str]], object]
 """SGLang's own part of it, for some tags."""
@@ -165,17 +162,8 @@ class Occupation:
         """All pages of the cache go back at once, and are unmapped on return: SGLang has dropped its prefixes."""
         self._session.order_all_back()
         cache = self._session.cache
-        if cache is None:
-            return
-        until = time.monotonic() + _UNMAP_S
-        while (stats := cache.pool.stats())["transit"]:
-            if time.monotonic() >= until:
-                raise DeadlineExceeded(
-                    f"waited {_UNMAP_S:.0f} s for the ranks to unmap {format_size(stats['transit'])} of the cache of "
-                    "an engine that released its memory; is a step stuck on the device?"
-                )
-            time.sleep(0.001)
-            cache.pool.poll()
+        if cache is not None:
+            wait_unmapped(cache.pool)
 
     def _describe(self) -> None:
         state = f", asleep: {', '.join(sorted(self._gone))}" if self._gone else ""

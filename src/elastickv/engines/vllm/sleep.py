@@ -6,14 +6,14 @@ forgets its contents before it sleeps, and it fills again when it is used.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from vllm.logger import init_logger
 
+from elastickv.engines.unmapped import wait_unmapped
 from elastickv.engines.vllm import cpu_sleep
-from elastickv.errors import DeadlineExceeded, LimitExceeded, Unavailable
+from elastickv.errors import LimitExceeded, Unavailable
 from elastickv.units import format_size
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ _logger = init_logger("vllm.elastickv")
 
 _GREW: Final = "Memory usage increased after sleeping."
 _WEIGHTS: Final = "weights"
-_UNMAP_S: Final = 60.0
 _UNDO_S: Final = 600.0
 
 
@@ -49,15 +48,7 @@ def _give_pages(session: Session) -> int:
         return 0
     pool.forget(pool.native.give_all())
     session.flush()
-    until = time.monotonic() + _UNMAP_S
-    while (stats := pool.native.stats())["transit"]:
-        if time.monotonic() >= until:
-            raise DeadlineExceeded(
-                f"waited {_UNMAP_S:.0f} s for the ranks to unmap {format_size(stats['transit'])} of the cache of an "
-                "engine that went to sleep; is a step stuck on the device?"
-            )
-        time.sleep(0.001)
-        pool.native.poll()
+    wait_unmapped(pool.native)
     return sum(tenant.leased for tenant in tenancy.tenants.values())
 
 
