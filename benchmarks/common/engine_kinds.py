@@ -74,7 +74,7 @@ def _vllm(spec: Spec, kv_bytes: int, model: Model, on_host: bool) -> list[str]:
         *("--dtype", "float32" if on_host else "bfloat16"),
         *("--block-size", str(HOST_BLOCK if on_host else GPU_BLOCK), "--max-model-len", str(spec.max_len)),
         *("--max-num-seqs", str(spec.seqs), "--max-num-batched-tokens", str(2048 if on_host else 8192)),
-        *("--kv-cache-memory-bytes", str(kv_bytes), "--gpu-memory-utilization", "0.2"),
+        *("--kv-cache-memory-bytes", str(kv_bytes), "--gpu-memory-utilization", "0.1"),
         *("--skip-tokenizer-init", "--seed", "0", "--disable-uvicorn-access-log"),
         "--enable-prefix-caching" if spec.caching else "--no-enable-prefix-caching",
     ]

@@ -29,7 +29,18 @@ LLAMA_8B: dict[str, Any] = {
 }
 """The shape of Llama-3.1-8B: 128 KiB of bf16 cache a token."""
 
-NAMES = ("llama-8b", "tiny", "smollm2")
+LLAMA_1B: dict[str, Any] = {
+    **LLAMA_8B,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+}
+"""The shape of Llama-3.2-1B: 32 KiB of bf16 cache a token, 2.5 GB of weights."""
+
+SHAPES = {"llama-8b": LLAMA_8B, "llama-1b": LLAMA_1B}
+NAMES = (*SHAPES, "tiny", "smollm2")
 
 
 class Model(NamedTuple):
@@ -48,16 +59,16 @@ def prepare(name: str, place: Path) -> Model:
         from elastickv.demo.model import ensure_model
 
         folder = ensure_model(print)
-    elif name == "llama-8b":
+    elif name in SHAPES:
         folder = place / name
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(LLAMA_8B), encoding="utf-8")
+        (folder / "config.json").write_text(json.dumps(SHAPES[name]), encoding="utf-8")
     else:
         folder = Path(name)
         if not (folder / "config.json").is_file():
             raise SystemExit(f"error: --model {name}: give one of {', '.join(NAMES)}, or a folder with a config.json")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return Model(folder, int(config["vocab_size"]), name == "llama-8b")
+    return Model(folder, int(config["vocab_size"]), name in SHAPES)
 
 
 def _tiny(folder: Path) -> Model:

@@ -60,7 +60,7 @@ ENGINE: Mapping[str, Value] = {"engine": "vllm", "model": "llama-8b", "seqs": 25
 SMALL: Mapping[str, Value] = {"model": "tiny", "seqs": 16, "start_deadline": 240.0}
 ABOUT: Mapping[str, str] = {
     "engine": "vllm, sglang, or stand-in: no model, only its memory and its timing",
-    "model": "llama-8b, tiny, smollm2, or a folder",
+    "model": "llama-8b, llama-1b, tiny, smollm2, or a folder",
     "seqs": "requests that an engine runs at once",
     "start_deadline": "seconds that a server has to start",
     "repeats": "measured rounds of each side",

@@ -19,7 +19,7 @@ ENGINE: dict[str, Any] = {
     "block_size": 16,
     "max_num_seqs": 64,
     "num_gpu_blocks_override": None,
-    "gpu_memory_utilization": 0.3,
+    "gpu_memory_utilization": 0.1,
     "skip_tokenizer_init": True,
     "compilation_config": {
         "mode": 0,

@@ -46,6 +46,8 @@ ENGINE: dict[str, Any] = {
     "max_running_requests": 64,
     "chunked_prefill_size": 4096,
 }
+AMPLE = {"max_total_tokens": 65536, "mem_fraction_static": 0.8}
+"""Of a plain engine: 1 GiB of cache. The fraction is of what is free at first, also where neighbours take some then."""
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +87,7 @@ def parted(plain: Result, done: Round) -> tuple[list[Difference], list[Differenc
 
 @pytest.fixture(scope="module")
 def plain(model: Path) -> Result:
-    with start(job(model, engine={"max_total_tokens": 65536})) as engine:
+    with start(job(model, engine=AMPLE)) as engine:
         as_served(engine)
         result = engine.finish()
     say("plain", result)
@@ -105,7 +107,7 @@ class Oracle:
             "SGLANG_TEST_RETRACT_INTERVAL": "2",
             "SGLANG_TEST_RETRACT_NO_PREFILL_BS": "16",
         }
-        squeezed = run(job(model, every, rounds=1, engine={"max_total_tokens": 65536}))
+        squeezed = run(job(model, every, rounds=1, engine=AMPLE))
         assert squeezed.preemptions > 0
         through, again = parted(plain, squeezed.rounds[0])
         assert through == []

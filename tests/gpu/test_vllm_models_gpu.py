@@ -75,7 +75,6 @@ def job(big: Big, environment: dict[str, str] | None = None, rounds: int = 2, **
             **ENGINE,
             "max_model_len": 1024,
             "max_num_batched_tokens": 512,
-            "gpu_memory_utilization": 0.2,
             "kv_cache_memory_bytes": big.ample,
             **more,
         },
