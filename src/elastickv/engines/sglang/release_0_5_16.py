@@ -93,7 +93,8 @@ def _admit(original: Callable[..., Any], adder: Any, request: Any, *args: Any, *
     with adder._lock_node(request.last_node):  # its own prefix cannot make room for it
         if total >= adder.rem_total_tokens:
             allocator.demand(tree, promised=adder.rem_total_token_offset, tokens=total)
-        if total < adder.rem_total_tokens and not allocator.admits(tree, promised=_promised(adder), tokens=tokens):
+        # Without a prefix cache SGLang lets one in whose answer's end is known (ignore_eos) by a count of its own.
+        if not allocator.admits(tree, promised=_promised(adder), tokens=tokens):
             return AddReqResult.NO_TOKEN
     return original(adder, request, *args, **kwargs)
 
