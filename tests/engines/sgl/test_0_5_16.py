@@ -18,7 +18,7 @@ from engines.harness import EngineFailed, Result, run, start
 from engines.kinds import COMMON
 from engines.kinds import SGLANG_0_5_16 as KIND
 from engines.oracle import differences
-from engines.subjects import BLOCK, SGLANG_0_5_16, greedy_neighbour, look
+from engines.subjects import BLOCK, SGLANG_0_5_16, greedy_neighbour, look, until
 
 pytestmark = [
     pytest.mark.sglang,
@@ -75,6 +75,29 @@ def test_answers_are_those_of_a_plain_engine_and_no_page_in_use_is_spare(
     assert look(directory).held == 0
 
 
+def test_without_a_prefix_cache_answers_are_a_plain_engine_s_and_nothing_stays(
+    tiny_llama: Path, plain: Result, directory: Path
+) -> None:
+    """SGLang's checks of its memory are on, also while it is busy: a request that waits between two chunks is counted.
+
+    Once it is idle, all but the padding page is given back.
+    """
+    full = BLOCKS * BLOCK
+    moves = {"directory": str(directory), "device": "host", "name": "one", "every": 3, "limits": [full // 4, full]}
+    environment = SGLANG_0_5_16.managed(directory, blocks=BLOCKS)
+    job = SGLANG_0_5_16.job(tiny_llama, ROUNDS[:1], environment, engine=SGLANG_0_5_16.uncached, moves=moves)
+    with start(job) as running:
+        running.go()
+        done = running.wait_round()
+        seen = look(directory).tenant("one")
+        until(lambda: look(directory).tenant("one").leased == SGLANG_0_5_16.always, 60)
+    assert differences(plain.rounds[0].tokens, done.tokens) == []
+    assert done.cached == [0] * len(TINY_PROMPTS)
+    assert done.preemptions > 0
+    assert done.moved > 20
+    assert sum(seen.histograms.unmap.counts) >= 5
+
+
 def _say(code: str) -> str:
     """What a Python with that SGLang alone prints."""
     paths = [*map(str, KIND.path), process_environment().get("PYTHONPATH", "")]
@@ -101,11 +124,11 @@ for stock in ChunkCache, RadixCache:
     cache = stock.__new__(stock)
     cache.protected_size_ = 5
     cache.token_to_kv_pool_allocator = SimpleNamespace(withheld_size=lambda: 7)
-    assert tree.adopt(cache) is cache
+    assert tree.adopt(cache, lambda: 3) is cache
     print(type(cache).__mro__[1].__name__, cache.protected_size(), isinstance(cache, tree.Elastic))
 """
 
 
-def test_what_is_withheld_is_protected_with_and_without_a_prefix_cache() -> None:
+def test_what_is_withheld_or_parked_is_protected_with_and_without_a_prefix_cache() -> None:
     """A cache of chunks protects nothing itself."""
-    assert "ChunkCache 7 True\nRadixCache 12 True\n" in _say(CACHES)
+    assert "ChunkCache 10 True\nRadixCache 15 True\n" in _say(CACHES)

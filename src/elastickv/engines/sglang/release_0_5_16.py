@@ -56,7 +56,26 @@ def _mla_pool(original: Callable[..., Any], configurator: Any, **plan: Any) -> A
 def _tree(result: Any, ctx: Any) -> Any:
     from elastickv.engines.sglang import tree
 
-    return tree.adopt(result)
+    return tree.adopt(result, _parked)
+
+
+def _parked() -> int:
+    """Tokens of a request that waits for memory between two chunks.
+
+    SGLang adds up those of the requests in its batches, and this one is in none: in SGLang alone the next chunk never
+    waits. Without a prefix cache they are not in the tree either.
+    """
+    from elastickv.engines.sglang import session
+
+    scheduler = session.current().scheduler
+    request = scheduler.chunked_req
+    if request is None or request.kv is None:
+        return 0
+    batches = [batch for batch in (scheduler.last_batch, scheduler.running_batch) if batch is not None]
+    if any(one is request for batch in batches for one in batch.reqs):
+        return 0
+    page = scheduler.page_size
+    return int(-(-request.kv.kv_allocated_len // page) * page - request.cache_protected_len)
 
 
 # --- capacity: what later releases ask the allocator

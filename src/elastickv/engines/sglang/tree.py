@@ -5,6 +5,7 @@ The caches are SGLang's own: what they drop, when and in which order.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
@@ -35,8 +36,11 @@ class ElasticUnifiedRadixCache(Elastic, UnifiedRadixCache):  # type: ignore[misc
     """For a release that is told the class."""
 
 
-def adopt(cache: Any) -> Any:
-    """Makes the cache of a release that chooses the class itself elastic, in place. It must be fresh."""
+def adopt(cache: Any, parked: Callable[[], int]) -> Any:
+    """Makes the cache of a release that chooses the class itself elastic, in place. It must be fresh.
+
+    `parked`: tokens that nothing else counts, and that are in use; they are protected, too.
+    """
     stock = type(cache)
     if f"{stock.__module__}.{stock.__qualname__}" not in _ADOPTED:
         raise EngineRefused(
@@ -45,7 +49,7 @@ def adopt(cache: Any) -> Any:
         )
 
     def protected_size(self: Any) -> int:
-        return int(stock.protected_size(self)) + int(self.token_to_kv_pool_allocator.withheld_size())
+        return int(stock.protected_size(self)) + int(self.token_to_kv_pool_allocator.withheld_size()) + parked()
 
     # SGLang's class comes first: where it has its attributes from another base, Python lets an object change its class
     # for no other order.
