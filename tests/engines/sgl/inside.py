@@ -79,10 +79,11 @@ class _Inside:
         number = (_place() / "round").read_text(encoding="ascii")
         if number != self.round:
             self.round, self.steps, self.damaged, self.running = number, 0, [], []
-        if self.moves:
+        harm = self.job["damage"][int(number)]
+        if self.moves and harm != "unmap":  # an order's look at the list would find the lie before an access does
             self.moves.before(self.steps)
-        if self.steps == self.job["damage_at"]:
-            self.damaged = _damage(scheduler, self.job["damage"][int(number)], self.job["damage_blocks"])
+        if self._damages_now(scheduler, harm):
+            self.damaged = _damage(scheduler, harm, self.job["damage_blocks"])
         self.steps += 1
         if self.job["probe"] == "running":
             self.running.append(len(scheduler.running_batch.reqs))
@@ -90,6 +91,16 @@ class _Inside:
         text = json.dumps({"steps": self.steps, "damaged": self.damaged, "moved": moved, "probed": self.running})
         (_place() / "inside.new").write_text(text, encoding="ascii")
         (_place() / "inside.new").replace(_place() / "inside.json")
+
+    def _damages_now(self, scheduler: Any, harm: str) -> bool:
+        """Memory is taken away where the next step can be nothing but one of requests that run, which reads all they
+        have: one for a prompt might touch new pages alone."""
+        if harm != "unmap":
+            return bool(self.steps == self.job["damage_at"])
+        due = self.job["damage_at"] >= 0 and self.steps >= self.job["damage_at"] and not self.damaged
+        last = scheduler.last_batch
+        decoding = last is not None and last.forward_mode.is_decode() and scheduler.chunked_req is None
+        return bool(due and decoding and not scheduler.waiting_queue)
 
 
 def _used(scheduler: Any) -> list[int]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from elastickv._core import Ledger
 from elastickv.config import process_environment
 from engines.conftest import TINY_PROMPTS, needs_0_5_16
 from engines.harness import EngineFailed, Result, run, start
@@ -42,7 +43,8 @@ def test_answers_are_those_of_a_plain_engine_and_no_page_in_use_is_spare(
     """48 requests in 4 MiB and in 1 MiB, by turns of three steps; they would take 6 MiB together. With the second half,
     a neighbour has 1.9 MiB and takes up to 1 more.
 
-    Once these are answered, memory behind four tokens in use is taken away: that ends the engine.
+    Once these are answered and the limit moves no more, memory in use is taken away: the engine ends at the first
+    access.
     """
     full = BLOCKS * BLOCK
     moves = {"directory": str(directory), "device": "host", "name": "one", "every": 3, "limits": [full // 4, full]}
@@ -63,9 +65,11 @@ def test_answers_are_those_of_a_plain_engine_and_no_page_in_use_is_spare(
         assert look(directory).tenant("one").leased == SGLANG_0_5_16.always
         assert running.call("resume_memory_occupation") == (None, None)
         assert "of weights came back from" in running.log()
+        Ledger.open(str(directory), "host").order_limit("one", full, False)
         running.go()
         with pytest.raises(EngineFailed, match="before 'round'"):
             running.wait_round()
+        assert SGLANG_0_5_16.faulted in running.log()
     assert differences(plain.tokens, answers) == []
     assert seen.engine == "sglang 0.5.16"
     assert seen.layout == SGLANG_0_5_16.layout
