@@ -66,6 +66,7 @@ nb::dict stats(Pool &pool) {
     out["extents"] = s.extents;
     out["grown_extents"] = s.grown_extents;
     out["returned_extents"] = s.returned_extents;
+    out["recalled_extents"] = s.recalled_extents;
     out["lost_pages"] = s.lost_pages;
     out["map_failures"] = s.map_failures;
     out["ticket"] = s.tickets;

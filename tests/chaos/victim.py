@@ -55,6 +55,27 @@ def work(cache: BlockCache, ledger: _core.Ledger) -> None:
     wait_until("idle release", lambda: cache.stats()["mapped_free"] == 0)
 
 
+def recall(ledger: _core.Ledger) -> None:
+    """Gives pages back and takes them again before their fence, which this tenant never sends."""
+    tenant = ledger.join("undecided")
+    table = _core.PageTable.create(8, 1, tenant.incarnation)
+    pool = _core.Pool.make(table, [(tenant, PAGE)], 8, PAGE, PAGE, 1, stock_pages=0, idle_release_us=0)
+    member = ledger.attach(tenant.slot, tenant.incarnation)
+    rank = _core.Rank.attach(_core.open_driver("host", page_bytes=PAGE), table, member, 0, 1, 8 * PAGE, PAGE)
+    pool.wait_ready(int(WAIT_S * 1000))
+
+    def recalled() -> bool:
+        taken = pool.alloc(4)
+        if taken is not None:
+            pool.release(taken[0])
+            pool.maintain(True)
+        return bool(pool.stats()["recalled_extents"])
+
+    wait_until("pages to be taken back", recalled)
+    pool.close()
+    rank.close()
+
+
 def main(directory: str, point: str, pipe: Connection) -> None:
     """Dies at its point; whatever it says before means that it did not."""
     try:
@@ -70,6 +91,7 @@ def main(directory: str, point: str, pipe: Connection) -> None:
             device.join("victim", idle_release=0.02).cache(num_blocks=BLOCKS, block_bytes=PAGE) as cache,
         ):
             work(cache, ledger)
+        recall(ledger)
         pipe.send(f"came to its end; {point} was passed {_core.fault_passes(point)} times")
     except (ElasticKVError, TimeoutError) as error:
         pipe.send(f"{type(error).__name__}: {error}")

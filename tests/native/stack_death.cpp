@@ -100,3 +100,4 @@ TEST("stack: a rank that is killed in the middle of a mapping") { dies("memory.m
 TEST("stack: a rank that is killed between mapping and answer") { dies("memory.map.mapped"); }
 TEST("stack: a rank that is killed in the middle of an unmapping") { dies("memory.unmap.unmapped"); }
 TEST("stack: a rank that is killed between unmapping and lease") { dies("memory.unmap.answered"); }
+TEST("stack: a rank that is killed while it keeps what was to go") { dies("memory.recall.begin"); }

@@ -63,6 +63,7 @@ inline constexpr std::array kPoints = std::to_array<PointInfo>({
     {"memory.unmap.unmapped", false, "a piece has lost its addresses and still has memory"},
     {"memory.unmap.released", false, "the memory is back, the pool has no answer yet"},
     {"memory.unmap.answered", false, "the pool has its answer, the lease is not given back"},
+    {"memory.recall.begin", true, "before a rank keeps an extent that was to go; fails as one that is not whole"},
     {"memory.fence.passed", false, "a fence has passed, what waits for it is still mapped"},
     // the pool
     {"pool.grow.begin", true, "before more pages are leased; fails as \"none now\""},
@@ -71,6 +72,8 @@ inline constexpr std::array kPoints = std::to_array<PointInfo>({
     {"pool.map.settled", false, "an extent is known to be mapped on all ranks"},
     {"pool.unmap.ordered", false, "an extent is ordered unmapped"},
     {"pool.unmap.settled", false, "an extent is known to be gone on all ranks"},
+    {"pool.recall.ordered", false, "an extent on its way out is ordered to stay"},
+    {"pool.recall.settled", false, "an extent is known to have stayed on all ranks"},
     {"pool.evict.cleared", false, "an extent's cached blocks are dropped, it is not ordered unmapped"},
     {"pool.take.done", false, "blocks are taken and not published"},
     {"pool.release.done", false, "blocks are released and not published"},

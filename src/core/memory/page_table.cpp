@@ -16,7 +16,7 @@ namespace elastickv {
 namespace {
 
 constexpr std::uint64_t kMagic = 0x31304250564b45ULL;  // "EKVPB01"
-constexpr std::uint32_t kVersion = 2;
+constexpr std::uint32_t kVersion = 3;
 constexpr std::uint64_t kMaxPages = std::uint64_t{1} << 24;  // what a Wanted word can count
 constexpr std::uint32_t kMaxRanks = 1024;
 

@@ -24,13 +24,17 @@ struct Wanted {
     std::uint32_t pages = 0;  // length of the extent, < 2^24
     bool map = false;         // else: unmap
     bool fenced = false;      // unmap only behind the fence of its ticket
+    // To map: keep what is there still, and map nothing. To unmap, after such an order: only who kept it has a lease of
+    // it to give back, for the others gave theirs when they let go.
+    bool recall = false;
 
     std::uint64_t pack() const noexcept {
-        return (std::uint64_t{generation} << 32) | (std::uint64_t{pages} << 8) | (map ? 1U : 0U) | (fenced ? 2U : 0U);
+        return (std::uint64_t{generation} << 32) | (std::uint64_t{pages} << 8) | (map ? 1U : 0U) | (fenced ? 2U : 0U) |
+               (recall ? 4U : 0U);
     }
     static Wanted unpack(std::uint64_t word) noexcept {
         return {static_cast<std::uint32_t>(word >> 32), static_cast<std::uint32_t>((word >> 8) & 0xFFFFFFU),
-                (word & 1U) != 0, (word & 2U) != 0};
+                (word & 1U) != 0, (word & 2U) != 0, (word & 4U) != 0};
     }
 };
 
@@ -92,7 +96,7 @@ class PageTable {
         return so_[rank * header_->pages + page];
     }
 
-    // Pool side: publishes an order and wakes the ranks. `ticket` counts only for fenced unmaps.
+    // Pool side: publishes an order and wakes the ranks. `ticket` counts only for fenced unmaps; a recall leaves it.
     void order(std::uint64_t page, const Wanted &wanted, std::uint64_t ticket) noexcept;
     void ring_ranks() noexcept;
     // Rank side: the page in ring position `position`.

@@ -239,6 +239,10 @@ void Rank::look_at(std::uint32_t page) noexcept {
     const auto wanted = Wanted::unpack(table_->wanted(page).load(std::memory_order_acquire));
     const auto so = Answer::unpack(table_->so(options_.rank, page).load(std::memory_order_relaxed));
     if (wanted.generation == 0 || so.generation == wanted.generation) return;
+    if (wanted.map && wanted.recall) {
+        recall_extent(page, wanted);
+        return;
+    }
     if (wanted.map) {
         if (!being_cleared(page, wanted.generation)) map_extent(page, wanted);
         return;
@@ -401,6 +405,7 @@ void Rank::unmap_extent(std::uint32_t page, const Wanted &wanted) noexcept {
                                   ? Status{Code::driver, "injected: the driver does not let go"}
                                   : take_down(found->second);
         if (!status.ok()) {
+            found->second.torn = true;
             // The driver would not let go: the page keeps its lease and is never used again.
             note_failure(status.message());
             answer(page, wanted.generation, So::stuck);
@@ -410,6 +415,11 @@ void Rank::unmap_extent(std::uint32_t page, const Wanted &wanted) noexcept {
         slot_.mapped_bytes.fetch_sub(bytes, std::memory_order_relaxed);
         count(false, start);
         hooks_.mapped(-static_cast<std::int64_t>(bytes));
+    } else if (wanted.recall) {
+        // It went by the order before the recall, and its lease with it. In every other order to unmap what is not
+        // here, a mapping is rolled back that failed here: that lease was never used and goes back now.
+        answer(page, wanted.generation, So::unmapped);
+        return;
     }
     // The answer goes first: a pool that sees the lease back must also see the page gone.
     (void)fault::point("memory.unmap.released");
@@ -418,6 +428,16 @@ void Rank::unmap_extent(std::uint32_t page, const Wanted &wanted) noexcept {
     (void)fault::point("memory.unmap.answered");
     hooks_.give(bytes);
     slot_.giving.fetch_sub(bytes, std::memory_order_release);
+}
+
+// An extent whose unmapping waits for its fence stays as it is. One that is gone already is not mapped again: the pool
+// has it unmapped everywhere, then.
+void Rank::recall_extent(std::uint32_t page, const Wanted &wanted) noexcept {
+    const auto found = extents_.find(page);
+    const bool whole = found != extents_.end() && found->second.pages == wanted.pages && !found->second.torn &&
+                       !fault::point("memory.recall.begin");
+    std::erase(waiting_, page);
+    answer(page, wanted.generation, whole ? So::mapped : So::failed);
 }
 
 void Rank::count(bool mapped, std::uint64_t start_ns) noexcept {

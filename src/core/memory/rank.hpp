@@ -77,6 +77,7 @@ class Rank {
     struct Extent {
         std::uint32_t pages = 0;
         std::vector<Piece> pieces;  // one per span
+        bool torn = false;          // the driver let go of a part of it, or may have
     };
     struct Clearing {  // an extent that is mapped and not answered yet, for its memory is still being cleared
         std::uint32_t page = 0, generation = 0;
@@ -100,6 +101,7 @@ class Rank {
     void look_at(std::uint32_t page) noexcept;
     void map_extent(std::uint32_t page, const Wanted &wanted) noexcept;
     void unmap_extent(std::uint32_t page, const Wanted &wanted) noexcept;
+    void recall_extent(std::uint32_t page, const Wanted &wanted) noexcept;
     Status map_pieces(std::uint32_t page, Extent &extent, std::vector<std::unique_ptr<Fence>> &clearing);
     Status map_or_undo(std::uint32_t page, Extent &extent, std::vector<std::unique_ptr<Fence>> &clearing, bool *undone);
     static Status take_down(Extent &extent) noexcept;

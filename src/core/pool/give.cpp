@@ -113,8 +113,10 @@ Pool::Given Pool::give_asked(std::uint64_t floor, std::uint64_t ticket, std::vec
     drain(std::max(missing(over), std::min(missing(lent), ask.in_use)), evicted);
     if (!orders) return {given, 0};
     const std::uint64_t trim = leases_.trim() > trimmed_ ? leases_.trim() - trimmed_ : 0;
+    const std::size_t before = transit_.size();
     std::uint64_t trimmed = give_free(trim, floor, ticket);
     if (trimmed < trim) trimmed += evict(trim - trimmed, floor, counters_.evicted_limit);
+    for (std::size_t i = before; i < transit_.size(); ++i) extents_[transit_[i]].goes = true;  // that is the answer
     return {given + trimmed, trimmed};
 }
 

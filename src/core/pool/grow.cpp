@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <utility>
 
 #include "base/faultpoint.hpp"
 #include "base/futex.hpp"
@@ -63,7 +64,7 @@ std::vector<Pool::Run> Pool::plan(std::uint32_t blocks, std::uint64_t most_pages
 
 void Pool::order_map(const Run &run) {
     Extent &extent = extents_[run.first];
-    extent = {run.pages, 0, 0, extent.generation + 1, Stage::mapping, 0};
+    extent = {run.pages, 0, 0, extent.generation + 1, Stage::mapping, 0, false};
     heads_.insert(run.first);
     for (std::uint32_t page = run.first; page < run.first + run.pages; ++page) {
         absent_pages_.erase(page);
@@ -81,13 +82,11 @@ void Pool::order_map(const Run &run) {
 }
 
 void Pool::became_mapped(std::uint32_t head) {
-    (void)fault::point("pool.map.settled");
     Extent &extent = extents_[head];
     const Run run{head, extent.pages};
     extent.stage = Stage::mapped;
     usage_.transit -= run.pages;
     usage_.free += run.pages;
-    ++grown_;
     for (std::uint32_t block = first_block(head); block <= last_block(head + run.pages - 1); ++block) {
         unready_[block] = static_cast<std::uint16_t>(unready_[block] - pages_of_block_in(block, run));
         if (unready_[block] != 0) continue;
@@ -106,6 +105,16 @@ void Pool::became_mapped(std::uint32_t head) {
         count_block(state_[block], 1);
     }
     reclass(head);
+}
+
+// What order_map() and order_recall() count ahead, where it came to nothing.
+void Pool::no_longer_coming(std::uint32_t head) {
+    const Run run{head, extents_[head].pages};
+    for (std::uint32_t block = first_block(head); block <= last_block(head + run.pages - 1); ++block) {
+        if (missing_[block] == 0 && block != 0) --coming_;
+        missing_[block] = static_cast<std::uint16_t>(missing_[block] + pages_of_block_in(block, run));
+    }
+    held_pages_ -= run.pages;
 }
 
 // The lease is not ours to return: each rank gave its share back when it let go.
@@ -134,17 +143,24 @@ bool Pool::settle(std::uint32_t head) {
         stuck = stuck || answer.so == So::stuck;
     }
     if (extent.stage == Stage::mapping && !failed) {
+        (void)fault::point("pool.map.settled");
+        ++grown_;
         became_mapped(head);
         return true;
     }
+    if (extent.stage == Stage::recalling && !failed) {
+        (void)fault::point("pool.recall.settled");
+        ++recalled_;
+        became_mapped(head);
+        return true;
+    }
+    if (extent.stage == Stage::recalling) {
+        end_recall(head);
+        return false;
+    }
     if (extent.stage == Stage::mapping) {  // some rank could not: none keeps it
         ++map_failures_;
-        const Run run{head, extent.pages};
-        for (std::uint32_t block = first_block(head); block <= last_block(head + run.pages - 1); ++block) {
-            if (missing_[block] == 0 && block != 0) --coming_;
-            missing_[block] = static_cast<std::uint16_t>(missing_[block] + pages_of_block_in(block, run));
-        }
-        held_pages_ -= run.pages;
+        no_longer_coming(head);
         extent.stage = Stage::rolling_back;
         table_->order(head, {++extent.generation, extent.pages, false, false}, 0);
         table_->ring_ranks();
@@ -306,12 +322,12 @@ std::uint32_t Pool::ensure_locked(std::uint32_t n, bool patient, std::unique_loc
     while (free_blocks_.count() < n) {
         if (map_failures_ != failures && coming_ == 0) break;  // a driver that refuses is not asked in a loop
         const std::uint64_t waited_us = (monotonic_ns() - start) / 1000;
+        recall(n);
         const std::uint64_t have = free_blocks_.count() + coming_;
         const std::uint32_t seen_freed = leases_.freed_word();
         Status why;
         if (have < n && !grow(static_cast<std::uint32_t>(n - have), rang, &why)) {
-            if (!counted) ++counters_.misses;
-            counted = true;
+            if (!std::exchange(counted, true)) ++counters_.misses;
             const bool own_cache_covers = have + own_cache() >= n || covered_by_both(n - have);
             if (why.code() == Code::unavailable && !rang) {
                 rang = true;

@@ -18,7 +18,7 @@ Status Pool::check_blocks() const {
         for (std::uint32_t page = first_page(block); page <= last_page(block); ++page) {
             const bool absent = absent_pages_.contains(page);
             const Stage stage = absent ? Stage::none : extents_[head_of_[page]].stage;
-            const bool ordered = stage == Stage::mapping || stage == Stage::mapped;
+            const bool ordered = stage == Stage::mapping || stage == Stage::recalling || stage == Stage::mapped;
             missing += ordered ? 0 : 1;
             unready += stage == Stage::mapped ? 0 : 1;
         }
@@ -74,7 +74,7 @@ Status Pool::check_extents() const {
         covered += extent.pages;
         if (extent.stage == Stage::unmapping) pages.leaving += extent.pages;
         if (draining_.contains(head)) draining += mapped ? extent.pages : num_pages_ + 1;
-        if (mapped || extent.stage == Stage::mapping) held += extent.pages;
+        if (mapped || extent.stage == Stage::mapping || extent.stage == Stage::recalling) held += extent.pages;
         if (extent.stage == Stage::lost || used != 0)
             pages.used += extent.pages;
         else if (!mapped)
@@ -132,6 +132,7 @@ PoolStats Pool::stats() {
     out.map_failures = map_failures_;
     out.grown_extents = grown_;
     out.returned_extents = returned_;
+    out.recalled_extents = recalled_;
     out.counters = counters_;
     return out;
 }

@@ -121,7 +121,7 @@ std::uint64_t Pool::headroom_blocks() {
     if (origin_.elsewhere()) return 0;
     const std::uint64_t room = leases_.headroom();
     const std::scoped_lock lock(mutex_);
-    const std::uint64_t pages = std::min<std::uint64_t>(room, absent_pages_.count());
+    const std::uint64_t pages = std::min<std::uint64_t>(room, absent_pages_.count()) + recallable_pages();
     return coming_ + pages * options_.page_bytes / options_.block_bytes;
 }
 

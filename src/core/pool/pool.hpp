@@ -49,6 +49,7 @@ struct PoolStats {
     PageUsage pages;
     std::uint64_t extents = 0, lost_pages = 0, tickets = 0, map_failures = 0;
     std::uint64_t grown_extents = 0, returned_extents = 0;
+    std::uint64_t recalled_extents = 0;  // were on their way out and stayed
     Counters counters;
 };
 
@@ -129,13 +130,14 @@ class Pool {
     Status wait_ready(std::uint64_t timeout_ms);
 
   private:
-    enum class Stage : std::uint8_t { none, mapping, mapped, unmapping, rolling_back, lost };
+    enum class Stage : std::uint8_t { none, mapping, mapped, unmapping, recalling, rolling_back, lost };
     struct Extent {
         std::uint32_t pages = 0;
         std::uint32_t used = 0, cached = 0;  // blocks of the state that lie on it, whole or in part
         std::uint32_t generation = 0;
         Stage stage = Stage::none;
         std::uint8_t thin = 0;  // its list in evictable_
+        bool goes = false;      // an order to unmap it stands: a rank has let go already, or it was given for a trim
     };
     struct Run {
         std::uint32_t first = 0, pages = 0;
@@ -189,7 +191,15 @@ class Pool {
     bool poll_locked();
     bool settle(std::uint32_t head);
     void became_mapped(std::uint32_t head);
+    void no_longer_coming(std::uint32_t head);
     void became_absent(std::uint32_t head);
+
+    // taking back what is on its way out (recall.cpp)
+    bool may_recall(std::uint32_t head) noexcept;
+    void order_recall(std::uint32_t head);
+    void end_recall(std::uint32_t head);
+    void recall(std::uint32_t n);
+    std::uint64_t recallable_pages() noexcept;
 
     // giving back (give.cpp)
     void order_unmap(std::uint32_t head, bool fenced, std::uint64_t ticket);
@@ -254,7 +264,7 @@ class Pool {
     std::uint32_t answers_seen_ = 0;
     std::uint32_t withheld_ = 0, doomed_ = 0;
     std::uint32_t coming_ = 0;      // blocks whose pages are all mapped or ordered, not all mapped
-    std::uint64_t held_pages_ = 0;  // mapping or mapped
+    std::uint64_t held_pages_ = 0;  // mapping, recalling or mapped
     std::uint64_t draining_pages_ = 0;
     std::uint64_t drain_peak_ = 0, drain_peak_until_ns_ = 0;  // most pages that were to be drained, a while ago
     PageUsage usage_;
@@ -262,7 +272,7 @@ class Pool {
     std::uint64_t unasked_until_ns_ = 0;                 // others wait, and nothing was asked of this pool a moment ago
     std::uint64_t waits_since_ns_ = 0, refused_ns_ = 0;  // a wait for the neighbours over several calls of ensure()
     std::uint64_t released_free_for_ = 0, released_cache_for_ = 0;  // the activity after which the idle clock released
-    std::uint64_t lost_pages_ = 0, map_failures_ = 0, grown_ = 0, returned_ = 0;
+    std::uint64_t lost_pages_ = 0, map_failures_ = 0, grown_ = 0, returned_ = 0, recalled_ = 0;
     Counters counters_;
     std::uint32_t lent_free_ = 0, lent_cached_ = 0;
     std::uint64_t stuck_pages_ = 0, stuck_until_ns_ = 0;  // of lent free blocks, that could not go at the last look
