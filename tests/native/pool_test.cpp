@@ -124,6 +124,7 @@ TEST("pool: nothing is unmapped before its fence") {
     std::this_thread::sleep_for(std::chrono::milliseconds(30));
     CHECK_EQ(world.pool->stats().pages.transit, 8U);
     for (const auto id : ids) world.check_all(id, 5);  // still readable: work in flight may read it
+    world.tenant->set_asked({.mapped_free = 1});       // a neighbour waits: they are not taken back
     CHECK_EQ(world.alloc(3).front(), 9U);              // and out of reach for new owners
     world.step();
     world.settle();
