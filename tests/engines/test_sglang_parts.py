@@ -181,10 +181,10 @@ def test_a_cache_of_a_class_that_the_release_chose_becomes_elastic(monkeypatch: 
     )
     cache: Any = stock()
     cache.token_to_kv_pool_allocator = SimpleNamespace(withheld_size=lambda: 7)
-    adopted = tree.adopt(cache)
+    adopted = tree.adopt(cache, lambda: 3)
     assert adopted is cache
     assert isinstance(adopted, tree.Elastic)
     assert isinstance(adopted, stock)
-    assert adopted.protected_size() == 12
+    assert adopted.protected_size() == 15
     with pytest.raises(EngineRefused, match=r"cannot manage the prefix cache .*Base; unset"):
-        tree.adopt(Base())
+        tree.adopt(Base(), lambda: 0)

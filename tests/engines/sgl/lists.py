@@ -135,7 +135,7 @@ class Play:
             self.check()
 
     def wanted_again(self, ledger: Any) -> None:
-        """Demand comes back while memory is on its way out: nothing of that is handed out before the way has ended."""
+        """Demand comes back while memory is on its way out: it is out of reach under the limit, and then taken back."""
         pool = self.cache.pool
         ledger.order_limit("one", CAPACITY)
         self.look()
@@ -146,17 +146,23 @@ class Play:
         while pool.stats()["transit"] < CAPACITY // 2:  # ordered, and no rank has recorded a fence for it
             assert time.monotonic() < end
             self.ration.look()
-        ledger.order_limit("one", CAPACITY)
-        refused = self.refused
+        refused, before = self.refused, pool.stats()
         self.begin(200)
         self.check()
         assert self.refused == refused + 1
         assert pool.stats()["transit"] > CAPACITY // 2
+        ledger.order_limit("one", CAPACITY)
+        while not self.running:  # there is no other memory: it is all on the way out
+            assert time.monotonic() < end, pool.stats()
+            self.ration.look()
+            self.begin(200)
+            self.check()
+        after = pool.stats()
+        assert after["recalled_extents"] > before["recalled_extents"]
+        assert after["returned_extents"] == before["returned_extents"]
         self.fenced = self.ration.ticket
         self.memory.fence(self.fenced)
-        self.until("the way out", lambda: pool.poll() is None and pool.stats()["transit"] == 0)
-        self.begin(200)
-        assert len(self.running) == 1
+        self.until("the rest's way out", lambda: pool.poll() is None and pool.stats()["transit"] == 0)
         self.allocator.free(self.running.pop())
         self.check()
 
