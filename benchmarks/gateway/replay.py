@@ -219,10 +219,11 @@ def gateway(side: str, chosen: Any, folder: Path, place: Path, guard: Guard) -> 
 
 
 def wait_ready(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float) -> None:
-    """Until every model is ready. SystemExit with the gateway's last lines where one fails or it takes too long."""
+    """Until every model has been ready: one may sleep again by then. SystemExit with the gateway's last lines where one
+    fails or it takes too long."""
     began = time.monotonic()
     states: dict[str, str] = {}
-    while set(states.values()) != {"ready"}:
+    while not states or not set(states.values()) <= {"ready", "draining", "asleep"}:
         time.sleep(0.5)
         with suppress(httpx.HTTPError, KeyError, ValueError):
             states = httpx.get(f"{url}/ready", timeout=10).json()["models"]

@@ -70,11 +70,17 @@ void dies(const char *at) {
     CHECK_OK((*pool)->wait_ready(20'000));
     // Grow and give back until the one is dead: none of that may hang, throw or take what is not there.
     int status = 0;
-    for (int i = 0; i < 2000 && waitpid(doomed.pid(), &status, WNOHANG) == 0; ++i) {
+    const auto until = std::chrono::steady_clock::now() + std::chrono::seconds(60);
+    for (int i = 0; waitpid(doomed.pid(), &status, WNOHANG) == 0 && std::chrono::steady_clock::now() < until; ++i) {
         std::vector<std::uint32_t> ids(6);
         std::uint32_t evicted = 0;
         if ((*pool)->alloc(ids, &evicted)) CHECK_OK((*pool)->release(ids, false));
         (*pool)->maintain(true);
+        // Every second time what goes is left alone for a while: wanted again at once, it would only be taken back.
+        for (int look = 0; i % 2 == 1 && look < 100 && (*pool)->stats().pages.transit != 0; ++look) {
+            std::this_thread::sleep_for(std::chrono::milliseconds(1));
+            (*pool)->poll();
+        }
     }
     CHECK(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL);
     CHECK_OK((*pool)->check_integrity());

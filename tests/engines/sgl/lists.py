@@ -138,11 +138,13 @@ class Play:
         """Demand comes back while memory is on its way out: it is out of reach under the limit, and then taken back."""
         pool = self.cache.pool
         ledger.order_limit("one", CAPACITY)
-        self.look()
-        self.begin(200)
+        end = time.monotonic() + 30
+        while not self.running:  # one that waits for a millisecond only
+            assert time.monotonic() < end, pool.stats()
+            self.look()
+            self.begin(200)
         self.allocator.free(self.running.pop())
         ledger.order_limit("one", CAPACITY // 4)
-        end = time.monotonic() + 30
         while pool.stats()["transit"] < CAPACITY // 2:  # ordered, and no rank has recorded a fence for it
             assert time.monotonic() < end
             self.ration.look()
