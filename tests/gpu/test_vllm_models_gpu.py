@@ -48,7 +48,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         return Big("llama-8b", folder, random_prompts(128_256), 6144 * MIB, 1280 * MIB, 8)
     from elastickv.demo.model import ensure_model
 
-    try:  # 22.5 KiB a token: 400 MiB
+    try:  # 22.5 KiB a token: 475 MiB
         folder = ensure_model(print)
     except NotFound as error:
         pytest.skip(str(error))
@@ -150,6 +150,7 @@ def test_the_oracle(model: Big, plain: Result, tolerated: Tolerated) -> None:
     assert kinds > model.floor
     assert model.name == "smollm2" or own == []
     assert sum(second.cached) > 0
+    assert len(damage) > 32
     assert sum(lead > 2 * tolerated.lead for lead in damage) > 24
 
 

@@ -29,7 +29,11 @@ inline constexpr std::uint64_t MiB = std::uint64_t{1} << 20;
 struct Directory {
     std::string root, path;
     Directory() {
-        std::string pattern = (std::filesystem::temp_directory_path() / "ledger-test-XXXXXX").string();
+        std::error_code error;
+        const std::filesystem::path base = std::filesystem::temp_directory_path(error);
+        if (error)
+            check::fail(__FILE__, __LINE__, "no place for temporary files: " + error.message() + "; set TMPDIR to one");
+        std::string pattern = (base / "ledger-test-XXXXXX").string();
         if (mkdtemp(pattern.data()) == nullptr)
             check::fail(__FILE__, __LINE__, "no directory " + pattern + ": " + std::strerror(errno));
         root = pattern;

@@ -103,6 +103,16 @@ class Stack {
             standin_work(engine.streams[rank], at, form.block_bytes);
         }
     }
+    // `n` blocks that are free again and are to be given back, while a step on the last of them is held on every rank.
+    std::vector<std::uint32_t> freed_under_way(std::uint32_t n) {
+        const auto ids = alloc(n);
+        step(ids);
+        for (void *stream : engine.streams) standin_hold(stream, 1);
+        for (std::size_t rank = 0; rank < ranks.size(); ++rank) work(rank, ids.back());
+        CHECK_OK(pool->release(ids, false));
+        pool->maintain(true);
+        return ids;
+    }
     std::vector<std::uint32_t> alloc(std::uint32_t n) {
         std::vector<std::uint32_t> ids(n);
         std::uint32_t evicted = 0;

@@ -216,12 +216,7 @@ TEST("recall: blocks that work is still under way on are handed out again, and n
     auto made = Stack::make(ledger, engine, {});
     CHECK_OK(made);
     Stack &stack = **made;
-    const auto ids = stack.alloc(12);
-    stack.step(ids);
-    for (void *stream : engine.streams) standin_hold(stream, 1);
-    for (std::size_t rank = 0; rank < 2; ++rank) stack.work(rank, ids.back());
-    CHECK_OK(stack.pool->release(ids, false));
-    stack.pool->maintain(true);
+    const auto ids = stack.freed_under_way(12);
     stack.step({});
     const std::uint64_t unmaps = standin_calls("cuMemUnmap"), created = standin_calls("cuMemCreate");
     CHECK(stack.alloc(12) == ids);

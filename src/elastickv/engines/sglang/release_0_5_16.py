@@ -113,7 +113,9 @@ def _admit(original: Callable[..., Any], adder: Any, request: Any, *args: Any, *
         if total >= adder.rem_total_tokens:
             allocator.demand(tree, promised=adder.rem_total_token_offset, tokens=total)
         # Without a prefix cache SGLang lets one in whose answer's end is known (ignore_eos) by a count of its own.
-        if not allocator.admits(tree, promised=_promised(adder), tokens=tokens):
+        # Where SGLang refuses, nothing is mapped or dropped for it.
+        may = total < adder.rem_total_tokens or (request.sampling_params.ignore_eos and getattr(tree, "disable", True))
+        if may and not allocator.admits(tree, promised=_promised(adder), tokens=tokens):
             return AddReqResult.NO_TOKEN
     return original(adder, request, *args, **kwargs)
 
