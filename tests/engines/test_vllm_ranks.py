@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -128,6 +129,19 @@ def test_where_nvml_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measured()["used"] == 800 + 640
 
 
+def test_a_thread_where_nvml_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch is asked only where no allocator that calls Python is under it."""
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    from elastickv.engines.vllm.footprint import glance
+
+    rows = [SimpleNamespace(tag="weights", handle=(0, size * MIB, 0, 0), is_asleep=False) for size in (500, 90)]
+    monkeypatch.setattr(CuMemAllocator, "instance", SimpleNamespace(pointer_to_data=dict(enumerate(rows))))
+    Torch(monkeypatch, reserved=800, peak=1000, process=None)
+    assert glance(asleep_or_not(False)) == (800 + 640) * MIB
+    assert glance(asleep_or_not(True)) == (590 + 640) * MIB
+
+
 def test_what_sleeps_is_not_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch goes on counting what vLLM's allocator has unmapped."""
     from vllm.device_allocator.cumem import CuMemAllocator
@@ -143,23 +157,51 @@ def test_what_sleeps_is_not_on_the_device(monkeypatch: pytest.MonkeyPatch) -> No
     assert found["used"] == 700
 
 
+class Locked:
+    """PyTorch's allocator while the worker's thread is in it: its counters may not be asked from another one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import torch
+
+        self.asked = 0
+        monkeypatch.setattr(torch.cuda, "memory_reserved", self.ask)
+        monkeypatch.setattr(torch.cuda, "max_memory_reserved", self.ask)
+
+    def ask(self, device: object) -> int:
+        self.asked += threading.current_thread() is not threading.main_thread()
+        return 800 * MIB
+
+
+def asleep_or_not(cumem: bool) -> Any:
+    """A worker whose vLLM may sleep, or may not."""
+    model = SimpleNamespace(enable_sleep_mode=False, enable_cumem_allocator=cumem)
+    made = worker(mapped=300)
+    made.vllm_config = SimpleNamespace(model_config=model)
+    return made
+
+
 def test_while_it_loads_a_gpu_worker_says_what_it_has(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+    """From a thread, and without PyTorch, whose lock and Python's would wait for each other."""
     from elastickv.engines import footprint
-    from elastickv.engines.vllm.footprint import measure
+    from elastickv.engines.vllm.footprint import glance, measure
 
     Torch(monkeypatch, reserved=800, peak=1000, process=1700)
+    locked = Locked(monkeypatch)
     monkeypatch.setattr(footprint, "_EVERY_S", 0.01)
     one = settings(directory=str(directory), name="one", capacity=64 * MIB)
     tenancy = Tenancy.join(one, ["host"])
     member = attach_member(tenancy.place(["host"], publishes=True)[0])
-    publisher = footprint.Publisher(member, lambda: measure(worker()), True)
+    publisher = footprint.Publisher(
+        member, lambda: measure(asleep_or_not(True)), lambda: glance(asleep_or_not(True)), True
+    )
     ledger = Ledger.open(str(directory), "host")
     publisher.start()
     end = time.monotonic() + 30
-    while read_device(ledger).tenant("one").static_used != 1700 * MIB:
+    while read_device(ledger).tenant("one").static_used != 1400 * MIB:
         assert time.monotonic() < end
         time.sleep(0.01)
     publisher.stop()
-    assert publisher.publish()["used"] == 1700 * MIB
+    assert locked.asked == 0
+    assert publisher.publish()["used"] == 1400 * MIB
     member.close()
     tenancy.close()

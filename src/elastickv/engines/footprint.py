@@ -15,7 +15,7 @@ from elastickv.engines.static import Footprint
 from elastickv.errors import ElasticKVError
 from elastickv.memory import gpu
 
-__all__ = ["Publisher", "on_gpu", "storage_bytes"]
+__all__ = ["Publisher", "glance", "on_gpu", "storage_bytes"]
 
 _EVERY_S: Final = 0.25
 
@@ -43,6 +43,17 @@ def on_gpu(
     return {"used": used, "peak": used + more, "asleep": asleep}
 
 
+def glance(uuid: str, mapped: int, otherwise: Callable[[], int], logger: logging.Logger) -> int:
+    """Bytes used now, for a thread beside the one that allocates; the rest as in on_gpu().
+
+    PyTorch is asked for nothing where NVML knows: reading its counters takes its allocator's lock and keeps Python's,
+    and an allocator that calls Python under that lock, as vLLM's for sleep does, then never ends. `otherwise`: what
+    the process has through PyTorch, where NVML does not say.
+    """
+    seen = _seen(uuid, logger)
+    return otherwise() + _CONTEXT if seen is None else max(0, seen - mapped)
+
+
 def _seen(uuid: str, logger: logging.Logger) -> int | None:
     """What NVML says that the process has, or None."""
     try:
@@ -68,10 +79,16 @@ class Publisher:
     On a GPU a thread says it again and again while the engine loads and captures its graphs.
     """
 
-    def __init__(self, member: _core.Tenant, measure: Callable[[], Footprint], wanted: bool) -> None:
-        """`wanted`: there is a static lease."""
+    def __init__(
+        self, member: _core.Tenant, measure: Callable[[], Footprint], glance: Callable[[], int], wanted: bool
+    ) -> None:
+        """`measure()` is asked by the thread that allocates, `glance()` by the one of start(), for bytes in use.
+
+        `wanted`: there is a static lease.
+        """
         self._member = member
         self._measure = measure
+        self._glance = glance
         self._wanted = wanted
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -84,7 +101,7 @@ class Publisher:
 
     def _run(self) -> None:
         while not self._stopping.wait(_EVERY_S):
-            self._member.publish_static_used(int(self._measure()["used"]))
+            self._member.publish_static_used(self._glance())
 
     def stop(self) -> None:
         """Ends the thread."""

@@ -16,7 +16,7 @@ import torch
 
 from elastickv import _core
 from elastickv.config import Settings
-from elastickv.engines.footprint import Publisher, on_gpu, storage_bytes
+from elastickv.engines.footprint import Publisher, glance, on_gpu, storage_bytes
 from elastickv.engines.sglang import ranks, weights
 from elastickv.engines.sleeper import Sleeper
 from elastickv.engines.static import Footprint, StaticLease
@@ -50,7 +50,7 @@ class Holdings:
         self._asleep: dict[str, int] = {}
         self._publishes = bool(place["publishes"])
         self._member: _core.Tenant = attach_member(place)
-        self._publisher = Publisher(self._member, self.measure, self._publishes)
+        self._publisher = Publisher(self._member, self.measure, self.glance, self._publishes)
         self._say_again = 0.0
         self._said = 0
         self._reserved = 0
@@ -86,8 +86,15 @@ class Holdings:
         if not self._on_gpu:
             model = storage_bytes(self._models()) if self.sleeper is None else self.sleeper.resident_bytes
             return {"used": model, "peak": model, "asleep": {}}
-        mapped = 0 if self.memory is None else self.memory.mapped_bytes
-        return on_gpu(self._ordinal, self._device, mapped, self._asleep, _logger)
+        return on_gpu(self._ordinal, self._device, self._mapped, self._asleep, _logger)
+
+    def glance(self) -> int:
+        """Bytes used now, on a GPU, asked by a thread while the scheduler's may be allocating."""
+        return glance(self._device, self._mapped, lambda: int(torch.cuda.memory_reserved(self._ordinal)), _logger)
+
+    @property
+    def _mapped(self) -> int:
+        return 0 if self.memory is None else self.memory.mapped_bytes
 
     def _models(self) -> list[torch.nn.Module]:
         return [self._scheduler.tp_worker.model_runner.model]

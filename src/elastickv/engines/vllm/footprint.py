@@ -9,9 +9,10 @@ import torch
 from vllm.logger import init_logger
 
 from elastickv import _core
+from elastickv.engines import footprint
 from elastickv.engines.footprint import on_gpu, storage_bytes
 
-__all__ = ["begin", "device_of", "measure"]
+__all__ = ["begin", "device_of", "glance", "measure"]
 
 _logger = init_logger("vllm.elastickv")
 
@@ -42,9 +43,25 @@ def measure(worker: Any) -> dict[str, Any]:
         sleeper = worker.elastickv_sleeper
         model = _model_bytes(worker.model_runner.get_model()) if sleeper is None else sleeper.resident_bytes
         return {"used": model, "peak": model, "asleep": {}}
+    return on_gpu(worker.device, worker.elastickv_device, _mapped(worker), _asleep(), _logger)
+
+
+def glance(worker: Any) -> int:
+    """Bytes used now, on a GPU, asked by a thread while the worker's own may be allocating."""
+    return footprint.glance(worker.elastickv_device, _mapped(worker), lambda: _allocated(worker), _logger)
+
+
+def _mapped(worker: Any) -> int:
     backing = getattr(worker, "elastickv", None)
-    mapped = backing.memory.mapped_bytes if backing is not None else 0
-    return on_gpu(worker.device, worker.elastickv_device, mapped, _asleep(), _logger)
+    return backing.memory.mapped_bytes if backing is not None else 0
+
+
+def _allocated(worker: Any) -> int:
+    """By PyTorch, which may not be asked where vLLM's allocator is on; that one's own list is most of it then."""
+    model = worker.vllm_config.model_config
+    if model.enable_sleep_mode or getattr(model, "enable_cumem_allocator", False):
+        return sum(int(data.handle[1]) for data in _handles())
+    return int(torch.cuda.memory_reserved(worker.device))
 
 
 def _model_bytes(model: torch.nn.Module) -> int:
@@ -63,11 +80,16 @@ def _packed_bytes(layer: Any) -> int:
 
 def _asleep() -> dict[str, int]:
     """By tag, what vLLM's allocator has unmapped and PyTorch still counts."""
-    from vllm.device_allocator.cumem import CuMemAllocator
-
-    allocator = CuMemAllocator.instance
     sizes: dict[str, int] = {}
-    for data in allocator.pointer_to_data.values() if allocator is not None else ():
+    for data in _handles():
         if data.is_asleep:
             sizes[data.tag] = sizes.get(data.tag, 0) + int(data.handle[1])
     return sizes
+
+
+def _handles() -> list[Any]:
+    """What vLLM's allocator has, at one moment: another thread may be adding to it."""
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    allocator = CuMemAllocator.instance
+    return list(allocator.pointer_to_data.values()) if allocator is not None else []

@@ -96,7 +96,9 @@ def _load_model(original: Method) -> Method:
         if here is not None:
             here.members.append(member)
         publishes = place[self.rank]["publishes"]
-        self.elastickv_publisher = Publisher(member, lambda: footprint.measure(self), publishes)
+        self.elastickv_publisher = Publisher(
+            member, lambda: footprint.measure(self), lambda: footprint.glance(self), publishes
+        )
         if self.device.type == "cuda":
             self.elastickv_publisher.start()
         self.elastickv_sleeper = cpu_sleep.begin(self)
