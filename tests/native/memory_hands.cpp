@@ -1,6 +1,10 @@
 // Two hands: a helper beside the mapper, by itself and in a rank whose driver calls take long.
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <chrono>
+#include <cstdio>
 #include <numeric>
 #include <thread>
 #include <vector>
@@ -150,5 +154,28 @@ TEST("stack: where the helper finds no memory, the mapper has some given up firs
     CHECK(asked > 0);
     CHECK_EQ(ids.size(), 16U);
     stack.settle();
+    stack.check_books(ledger);
+}
+
+TEST("stack: a forked child leaves both hands to its parent") {
+    ledgertest::Directory directory;
+    auto ledger = ledgertest::open(directory, stacktest::kDevice);
+    stacktest::Engine engine(1);
+    auto made = stacktest::Stack::make(ledger, engine, pages(40));
+    CHECK_OK(made);
+    stacktest::Stack &stack = **made;
+    CHECK_EQ(stack.alloc(16).size(), 16U);
+    std::fflush(nullptr);
+    const pid_t child = ::fork();
+    if (child == 0) {
+        ::alarm(30);  // a child that waits for a thread it does not have would wait for ever
+        stack.ranks.front()->close();
+        stack.ranks.clear();
+        ::_exit(0);
+    }
+    int status = 0;
+    CHECK_EQ(::waitpid(child, &status, 0), child);
+    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    CHECK_EQ(stack.alloc(16).size(), 16U);
     stack.check_books(ledger);
 }
