@@ -35,7 +35,9 @@ struct Directory {
             check::fail(__FILE__, __LINE__, "no place for temporary files: " + error.message() + "; set TMPDIR to one");
         std::string pattern = (base / "ledger-test-XXXXXX").string();
         if (mkdtemp(pattern.data()) == nullptr)
-            check::fail(__FILE__, __LINE__, "no directory " + pattern + ": " + std::strerror(errno));
+            check::fail(
+                __FILE__, __LINE__,
+                "no directory in " + base.string() + ": " + std::strerror(errno) + "; set TMPDIR to a place for files");
         root = pattern;
         path = root + "/ekv";
     }

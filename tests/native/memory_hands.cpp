@@ -5,8 +5,10 @@
 #include <atomic>
 #include <chrono>
 #include <cstdio>
+#include <memory>
 #include <numeric>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "check.hpp"
@@ -28,16 +30,30 @@ std::vector<std::uint32_t> numbers(std::uint32_t count) {
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
-// A stack of one rank, with as many extents of one page as it has blocks.
-stacktest::Form pages(std::uint32_t count) {
+// One rank, with as many extents of one page as it has blocks.
+stacktest::Form small_extents() {
     stacktest::Form form;
-    form.blocks = count;
+    form.blocks = 40;
     form.block_bytes = stacktest::kPage;
     form.spans = 1;
     form.ranks = 1;
     form.max_extent = 1;
     return form;
 }
+
+// A ledger, an engine, and a stack of that form.
+struct Place {
+    ledgertest::Directory directory;
+    std::shared_ptr<Ledger> ledger = ledgertest::open(directory, stacktest::kDevice);
+    stacktest::Engine engine{1};
+    std::unique_ptr<stacktest::Stack> stack;
+
+    Place() {
+        auto made = stacktest::Stack::make(ledger, engine, small_extents());
+        CHECK_OK(made);
+        stack = std::move(made).value();
+    }
+};
 
 }  // namespace
 
@@ -55,7 +71,7 @@ TEST("hands: every page is taken once, and the helper has its part") {
             const int before = helped;
             hands.share(all, [&](std::uint32_t page) {
                 ++taken[page];
-                // The last page waits for the helper, so that it has one to take in every round but the first.
+                // Page 0 waits until the helper has taken one, which it can wherever there is another.
                 for (int i = 0; i < 10'000 && page == 0 && all.size() > 1 && helped == before; ++i)
                     std::this_thread::sleep_for(std::chrono::milliseconds(1));
             });
@@ -99,12 +115,8 @@ TEST("hands: a helper that cannot begin takes nothing") {
 }
 
 TEST("stack: two hands map and unmap in less than one takes for its calls alone") {
-    ledgertest::Directory directory;
-    auto ledger = ledgertest::open(directory, stacktest::kDevice);
-    stacktest::Engine engine(1);
-    auto made = stacktest::Stack::make(ledger, engine, pages(40));
-    CHECK_OK(made);
-    stacktest::Stack &stack = **made;
+    const Place place;
+    stacktest::Stack &stack = *place.stack;
     standin_delay("cuMemSetAccess", kDelayUs);
     standin_delay("cuMemUnmap", kDelayUs);
     auto start = Clock::now();
@@ -119,17 +131,13 @@ TEST("stack: two hands map and unmap in less than one takes for its calls alone"
     CHECK(seconds_since(start) < 32 * kDelayUs / 1e6);
     standin_delay("cuMemSetAccess", 0);
     standin_delay("cuMemUnmap", 0);
-    stack.check_books(ledger);
+    stack.check_books(place.ledger);
     CHECK_EQ(standin_violations(), 0U);
 }
 
 TEST("stack: where the helper finds no memory, the mapper has some given up first") {
-    ledgertest::Directory directory;
-    auto ledger = ledgertest::open(directory, stacktest::kDevice);
-    stacktest::Engine engine(1);
-    auto made = stacktest::Stack::make(ledger, engine, pages(40));
-    CHECK_OK(made);
-    stacktest::Stack &stack = **made;
+    const Place place;
+    stacktest::Stack &stack = *place.stack;
     Rank &rank = *stack.ranks.front();
     std::atomic<bool> over{false};
     std::atomic<int> asked{0};
@@ -154,16 +162,12 @@ TEST("stack: where the helper finds no memory, the mapper has some given up firs
     CHECK(asked > 0);
     CHECK_EQ(ids.size(), 16U);
     stack.settle();
-    stack.check_books(ledger);
+    stack.check_books(place.ledger);
 }
 
 TEST("stack: a forked child leaves both hands to its parent") {
-    ledgertest::Directory directory;
-    auto ledger = ledgertest::open(directory, stacktest::kDevice);
-    stacktest::Engine engine(1);
-    auto made = stacktest::Stack::make(ledger, engine, pages(40));
-    CHECK_OK(made);
-    stacktest::Stack &stack = **made;
+    const Place place;
+    stacktest::Stack &stack = *place.stack;
     CHECK_EQ(stack.alloc(16).size(), 16U);
     std::fflush(nullptr);
     const pid_t child = ::fork();
@@ -177,5 +181,5 @@ TEST("stack: a forked child leaves both hands to its parent") {
     CHECK_EQ(::waitpid(child, &status, 0), child);
     CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
     CHECK_EQ(stack.alloc(16).size(), 16U);
-    stack.check_books(ledger);
+    stack.check_books(place.ledger);
 }

@@ -10,7 +10,6 @@ from vllm.logger import init_logger
 
 from elastickv import _core
 from elastickv.engines import footprint
-from elastickv.engines.footprint import on_gpu, storage_bytes
 
 __all__ = ["begin", "device_of", "glance", "measure"]
 
@@ -43,7 +42,7 @@ def measure(worker: Any) -> dict[str, Any]:
         sleeper = worker.elastickv_sleeper
         model = _model_bytes(worker.model_runner.get_model()) if sleeper is None else sleeper.resident_bytes
         return {"used": model, "peak": model, "asleep": {}}
-    return on_gpu(worker.device, worker.elastickv_device, _mapped(worker), _asleep(), _logger)
+    return footprint.on_gpu(worker.device, worker.elastickv_device, _mapped(worker), _asleep(), _logger)
 
 
 def glance(worker: Any) -> int:
@@ -65,7 +64,7 @@ def _allocated(worker: Any) -> int:
 
 
 def _model_bytes(model: torch.nn.Module) -> int:
-    return storage_bytes([model]) + sum(_packed_bytes(module) for module in model.modules())
+    return footprint.storage_bytes([model]) + sum(_packed_bytes(module) for module in model.modules())
 
 
 def _packed_bytes(layer: Any) -> int:
