@@ -123,7 +123,7 @@ class Burst:
         )
         if not self.peaks:
             shares = [float(text) for text in self.chosen.shares.split(",")]
-            self.peaks = sorted({max(1, round(rate * share)) for share in shares})
+            self.peaks = list(dict.fromkeys(max(1, round(rate * share)) for share in shares))
 
     def asked(self, servers: list[Engine], arrivals: list[float], stagger: float = 0.0) -> list[Request]:
         """The same arrivals on each server, each `stagger` seconds after the one before."""
