@@ -185,9 +185,7 @@ class Stack {
         const std::shared_ptr<Tenant> own = std::move(member).value();
         RankHooks hooks{[own](std::int64_t bytes) { own->add_mapped(bytes); },
                         [own](std::uint64_t bytes) { own->give(bytes); }};
-        RankOptions shape{rank, form.spans, form.span_bytes(), kPage};
-        shape.share_from = 1;  // the helper has its part in whatever is ordered
-        auto attached = Rank::attach(*driver, table, shape, std::move(hooks));
+        auto attached = Rank::attach(*driver, table, {rank, form.spans, form.span_bytes(), kPage}, std::move(hooks));
         if (!attached.ok()) return attached.status();
         drivers.push_back(*driver);
         ranks.push_back(std::move(attached).value());

@@ -13,6 +13,9 @@ namespace {
 constexpr std::uint64_t kIdleWaitUs = 100'000;  // looks at `closed` and `stop` at least this often
 constexpr std::uint64_t kFencePollUs = 50;      // an event is polled, never waited for: the device has its own pace
 constexpr std::uint64_t kSpinNs = 500'000;      // clearing takes microseconds, unless the device is busy with long work
+constexpr std::uint64_t kFenceRetryNs = 5'000'000;
+constexpr std::uint64_t kReclaimEveryNs =
+    1'000'000'000;  // whoever drops its cache needs it again: not at every mapping
 constexpr int kTakeDownTries = 3;
 
 }  // namespace
@@ -47,7 +50,7 @@ Result<std::unique_ptr<Rank>> Rank::attach(std::shared_ptr<Driver> driver, std::
     if (!rank->slot_.state.compare_exchange_strong(expected, static_cast<std::uint32_t>(RankState::attached)))
         return Status(Code::exists,
                       "rank " + std::to_string(options.rank) + " is attached already; each rank attaches once");
-    rank->start();
+    rank->thread_ = std::thread([self = rank.get()] { self->run(); });
     return rank;
 }
 
@@ -57,24 +60,14 @@ Rank::Rank(std::shared_ptr<Driver> driver, std::shared_ptr<PageTable> table, con
       table_(std::move(table)),
       options_(options),
       hooks_(std::move(hooks)),
-      slot_(table_->rank(options_.rank)),
-      collected_in_(table_->pages()) {}
+      slot_(table_->rank(options_.rank)) {}
 
 Rank::~Rank() { close(); }
-
-void Rank::start() {
-    const std::uint32_t hands = options_.hands != 0 ? options_.hands : driver_->on_cpu() ? 1 : 2;
-    if (hands > 1)
-        hands_ = std::make_unique<Hands>([this] { return bind(); },
-                                         [this](std::uint32_t page) { look_at(page, Hand::helper); });
-    thread_ = std::thread([this] { run(); });
-}
 
 void Rank::close() noexcept {
     if (!thread_.joinable()) return;
     if (origin_.elsewhere()) {  // the mapper did not come along with the fork, and the memory is the parent's
         thread_.detach();
-        if (hands_) hands_->abandon();
         return;
     }
     stop_.store(true, std::memory_order_release);
@@ -85,6 +78,51 @@ void Rank::close() noexcept {
 }
 
 std::uint64_t Rank::mapped_bytes() const noexcept { return slot_.mapped_bytes.load(std::memory_order_relaxed); }
+
+Status Rank::fence(std::uint64_t ticket, std::uint64_t stream) {
+    if (origin_.elsewhere())
+        return {Code::denied, "this memory belongs to the parent process; a forked child must attach itself"};
+    auto fence = driver_->record(stream);
+    if (!fence.ok() && fence.status().code() == Code::invalid) return fence.status();
+    if (!fence.ok()) note_failure(fence.status().message());
+    {
+        const std::scoped_lock lock(fences_mutex_);
+        fences_.push_back({ticket, stream, fence.ok() ? std::move(fence).value() : nullptr});
+    }
+    table_->ring_ranks();
+    return {};
+}
+
+void Rank::offer_reclaim(bool offered) noexcept {
+    reclaim_offered_.store(offered, std::memory_order_release);
+    futex_wake_all(reclaim_asked_);  // who has withdrawn need not wait on
+}
+
+std::uint32_t Rank::wait_reclaim(std::uint32_t seen, std::uint64_t timeout_us) const noexcept {
+    if (reclaim_asked_.load(std::memory_order_acquire) == seen) futex_wait(reclaim_asked_, seen, timeout_us);
+    return reclaim_asked_.load(std::memory_order_acquire);
+}
+
+void Rank::reclaimed(std::uint32_t request) noexcept {
+    reclaim_done_.store(request, std::memory_order_release);
+    futex_wake_all(reclaim_done_);
+}
+
+// True when somebody was asked and the mapping is worth another try.
+bool Rank::reclaim() noexcept {
+    const std::uint64_t start = monotonic_ns();
+    if (!reclaim_offered_.load(std::memory_order_acquire) || start < reclaim_again_ns_) return false;
+    reclaim_again_ns_ = start + kReclaimEveryNs;
+    const std::uint32_t request = reclaim_asked_.load(std::memory_order_relaxed) + 1;
+    futex_ring(reclaim_asked_);
+    const std::uint64_t until = start + options_.reclaim_ms * 1'000'000U;
+    for (std::uint64_t now = start; now < until && !stop_.load(std::memory_order_acquire); now = monotonic_ns()) {
+        const std::uint32_t done = reclaim_done_.load(std::memory_order_acquire);
+        if (done == request) break;
+        futex_wait(reclaim_done_, done, std::min<std::uint64_t>((until - now) / 1000 + 1, kIdleWaitUs));
+    }
+    return true;
+}
 
 Status Rank::wait_first_page(std::uint64_t timeout_ms) const {
     const std::uint64_t until = monotonic_ns() + timeout_ms * 1'000'000U;
@@ -124,14 +162,12 @@ void Rank::run() noexcept {
             futex_ring(header.answer_bell);
             continue;
         }
-        // From here on the mapper is alone: the helper has work within work_on_collected() only.
         if (!clearing_.empty() && monotonic_ns() - clearing_.front().since_ns < kSpinNs) {
             std::this_thread::yield();
             continue;
         }
         futex_wait(header.order_bell, seen, fences_pending || !clearing_.empty() ? kFencePollUs : kIdleWaitUs);
     }
-    hands_.reset();
     for (Clearing &one : clearing_) wait_cleared(one.fences);
     clearing_.clear();
     std::int64_t freed = 0;
@@ -153,62 +189,37 @@ bool Rank::drain_ring() noexcept {
     if (tail == cursor_) return false;
     if (tail - cursor_ > header.ring_size / 2) {  // lapped, or nearly: the words themselves are the truth
         cursor_ = tail;
-        for (std::uint32_t page = 0; page < header.pages; ++page) collect(page);
+        for (std::uint32_t page = 0; page < header.pages; ++page) look_at(page);
+        return true;
     }
-    for (; cursor_ != tail; ++cursor_) collect(table_->ring_at(cursor_));
-    work_on_collected();
+    for (; cursor_ != tail; ++cursor_) {
+        look_at(table_->ring_at(cursor_));
+        poll_clearing();  // while this extent is being cleared, the next one is mapped
+    }
     return true;
 }
 
-void Rank::collect(std::uint32_t page) noexcept {
-    if (page >= table_->pages() || collected_in_[page] == collection_) return;
-    collected_in_[page] = collection_;
-    collected_.push_back(page);
-}
-
-void Rank::work_on_collected() noexcept {
-    const auto own = [this](std::uint32_t page) {
-        look_at(page, Hand::mapper);
-        poll_clearing();  // while this extent is being cleared, the next one is mapped
-    };
-    if (hands_ && collected_.size() >= options_.share_from)
-        hands_->share(collected_, own);
-    else
-        for (const std::uint32_t page : collected_) own(page);
-    for (const std::uint32_t page : again_) own(page);
-    again_.clear();
-    collected_.clear();
-    if (++collection_ == 0) ++collection_;
-}
-
 bool Rank::being_cleared(std::uint32_t page, std::uint32_t generation) const noexcept {
-    const std::scoped_lock lock(hands_mutex_);
     return std::any_of(clearing_.begin(), clearing_.end(),
                        [&](const Clearing &one) { return one.page == page && one.generation == generation; });
 }
 
-// Answers extents whose memory has been cleared, in the order of their clearing; true when there were any. By the
-// mapper; the helper may add to the end meanwhile, which leaves the first one where it is.
+// Answers extents whose memory has been cleared, in the order of their clearing; true when there were any.
 bool Rank::poll_clearing() noexcept {
     bool worked = false;
-    for (;;) {
-        Clearing *one = nullptr;
-        {
-            const std::scoped_lock lock(hands_mutex_);
-            if (!clearing_.empty()) one = &clearing_.front();
-        }
-        if (one == nullptr) return worked;
-        while (!one->fences.empty()) {
-            const Result<bool> done = one->fences.back()->done();
+    while (!clearing_.empty()) {
+        Clearing &one = clearing_.front();
+        while (!one.fences.empty()) {
+            const Result<bool> done = one.fences.back()->done();
             if (!done.ok()) note_failure(done.status().message());
             if (!done.ok() || !done.value()) return worked;  // never answered: nobody may use what may not be zero
-            one->fences.pop_back();
+            one.fences.pop_back();
         }
-        answer(one->page, one->generation, So::mapped);
-        const std::scoped_lock lock(hands_mutex_);
+        answer(one.page, one.generation, So::mapped);
         clearing_.pop_front();
         worked = true;
     }
+    return worked;
 }
 
 // Before memory is taken away again; a device that does not answer within the deadline keeps it.
@@ -223,7 +234,8 @@ void Rank::wait_cleared(std::vector<std::unique_ptr<Fence>> &fences) const noexc
     }
 }
 
-void Rank::look_at(std::uint32_t page, Hand hand) noexcept {
+void Rank::look_at(std::uint32_t page) noexcept {
+    if (page >= table_->pages()) return;
     const auto wanted = Wanted::unpack(table_->wanted(page).load(std::memory_order_acquire));
     const auto so = Answer::unpack(table_->so(options_.rank, page).load(std::memory_order_relaxed));
     if (wanted.generation == 0 || so.generation == wanted.generation) return;
@@ -232,28 +244,70 @@ void Rank::look_at(std::uint32_t page, Hand hand) noexcept {
         return;
     }
     if (wanted.map) {
-        if (!being_cleared(page, wanted.generation)) map_extent(page, wanted, hand);
+        if (!being_cleared(page, wanted.generation)) map_extent(page, wanted);
         return;
     }
     const std::uint64_t ticket = table_->ticket(page).load(std::memory_order_relaxed);
-    if (wanted.fenced && slot_.fence_passed.load(std::memory_order_relaxed) < ticket) {
-        const std::scoped_lock lock(hands_mutex_);
+    if (wanted.fenced && slot_.fence_passed.load(std::memory_order_relaxed) < ticket)
         waiting_.push_back(page);
-    } else {
+    else
         unmap_extent(page, wanted);
+}
+
+// Has the oldest fence recorded, where the driver would not at first; false while it still will not.
+bool Rank::record_front() noexcept {
+    PendingFence &front = fences_.front();
+    if (front.fence) return true;
+    const std::uint64_t now = monotonic_ns();
+    if (now < fence_again_ns_) return false;
+    auto fence = driver_->record(front.stream);
+    if (fence.ok()) {
+        front.fence = std::move(fence).value();
+        return true;
     }
+    note_failure(fence.status().message());
+    fence_again_ns_ = now + kFenceRetryNs;
+    return false;
+}
+
+// True while fences are pending. One that cannot be recorded or asked about has not passed: its pages stay mapped, and
+// it is recorded anew.
+bool Rank::poll_fences() noexcept {
+    const std::scoped_lock lock(fences_mutex_);
+    while (!fences_.empty()) {
+        if (!record_front()) return true;
+        PendingFence &front = fences_.front();
+        const auto done = front.fence->done();
+        if (!done.ok()) {
+            note_failure(done.status().message());
+            front.fence.reset();
+            fence_again_ns_ = monotonic_ns() + kFenceRetryNs;
+            return true;
+        }
+        if (!done.value()) return true;
+        const std::uint64_t passed = slot_.fence_passed.load(std::memory_order_relaxed);
+        slot_.fence_passed.store(std::max(passed, front.ticket), std::memory_order_release);
+        (void)fault::point("memory.fence.passed");
+        fences_.pop_front();
+    }
+    return false;
 }
 
 bool Rank::retry_waiting() noexcept {
     const std::uint64_t passed = slot_.fence_passed.load(std::memory_order_relaxed);
-    std::erase_if(waiting_, [&](std::uint32_t page) {
-        const bool due = table_->ticket(page).load(std::memory_order_relaxed) <= passed;
-        if (due) collect(page);
-        return due;
-    });
-    if (collected_.empty()) return false;
-    work_on_collected();
-    return true;
+    bool worked = false;
+    for (std::size_t i = 0; i < waiting_.size();) {
+        const std::uint32_t page = waiting_[i];
+        if (table_->ticket(page).load(std::memory_order_relaxed) > passed) {
+            ++i;
+            continue;
+        }
+        waiting_[i] = waiting_.back();
+        waiting_.pop_back();
+        look_at(page);
+        worked = true;
+    }
+    return worked;
 }
 
 Status Rank::map_pieces(std::uint32_t page, Extent &extent, std::vector<std::unique_ptr<Fence>> &clearing) {
@@ -276,10 +330,7 @@ Status Rank::map_pieces(std::uint32_t page, Extent &extent, std::vector<std::uni
 
 void Rank::keep(std::uint32_t page, Extent extent) noexcept {
     const std::uint64_t bytes = extent_bytes(extent.pages);
-    {
-        const std::scoped_lock lock(hands_mutex_);
-        extents_.emplace(page, std::move(extent));
-    }
+    extents_.emplace(page, std::move(extent));
     slot_.mapped_bytes.fetch_add(bytes, std::memory_order_relaxed);
     hooks_.mapped(static_cast<std::int64_t>(bytes));
 }
@@ -313,33 +364,21 @@ Status Rank::map_or_undo(std::uint32_t page, Extent &extent, std::vector<std::un
     return status;
 }
 
-Rank::Extent *Rank::extent_at(std::uint32_t page) noexcept {
-    const std::scoped_lock lock(hands_mutex_);
-    const auto found = extents_.find(page);
-    return found == extents_.end() ? nullptr : &found->second;
-}
-
-void Rank::map_extent(std::uint32_t page, const Wanted &wanted, Hand hand) noexcept {
+void Rank::map_extent(std::uint32_t page, const Wanted &wanted) noexcept {
     const std::uint64_t start = monotonic_ns();
     Extent extent;
     extent.pages = wanted.pages;
     std::vector<std::unique_ptr<Fence>> clearing;
     Status status;
     bool undone = true;
-    if (extent_at(page) != nullptr)
+    if (extents_.contains(page))
         status = {Code::invalid, "page " + std::to_string(page) + " was ordered mapped twice"};
     else if (page + std::uint64_t{wanted.pages} > table_->pages() || wanted.pages == 0)
         status = {Code::invalid, "an extent of " + std::to_string(wanted.pages) + " pages at page " +
                                      std::to_string(page) + " leaves the table"};
     else
         status = map_or_undo(page, extent, clearing, &undone);
-    if (status.code() == Code::out_of_memory && undone && hand == Hand::helper &&
-        reclaim_offered_.load(std::memory_order_acquire)) {
-        const std::scoped_lock lock(hands_mutex_);
-        again_.push_back(page);  // asking for memory, and waiting for it, is the mapper's
-        return;
-    }
-    if (status.code() == Code::out_of_memory && undone && hand == Hand::mapper && reclaim())
+    if (status.code() == Code::out_of_memory && undone && reclaim())
         status = map_or_undo(page, extent, clearing, &undone);
     if (!status.ok()) {
         note_failure(status.message());
@@ -351,7 +390,6 @@ void Rank::map_extent(std::uint32_t page, const Wanted &wanted, Hand hand) noexc
     keep(page, std::move(extent));
     count(true, start);
     if (!clearing.empty()) {
-        const std::scoped_lock lock(hands_mutex_);
         clearing_.push_back({page, wanted.generation, monotonic_ns(), std::move(clearing)});
         return;
     }
@@ -362,21 +400,18 @@ void Rank::map_extent(std::uint32_t page, const Wanted &wanted, Hand hand) noexc
 void Rank::unmap_extent(std::uint32_t page, const Wanted &wanted) noexcept {
     const std::uint64_t start = monotonic_ns();
     const std::uint64_t bytes = extent_bytes(wanted.pages);
-    if (Extent *const extent = extent_at(page); extent != nullptr) {
+    if (const auto found = extents_.find(page); found != extents_.end()) {
         const Status status = fault::point("memory.unmap.begin")
                                   ? Status{Code::driver, "injected: the driver does not let go"}
-                                  : take_down(*extent);
+                                  : take_down(found->second);
         if (!status.ok()) {
-            extent->torn = true;
+            found->second.torn = true;
             // The driver would not let go: the page keeps its lease and is never used again.
             note_failure(status.message());
             answer(page, wanted.generation, So::stuck);
             return;
         }
-        {
-            const std::scoped_lock lock(hands_mutex_);
-            extents_.erase(page);
-        }
+        extents_.erase(found);
         slot_.mapped_bytes.fetch_sub(bytes, std::memory_order_relaxed);
         count(false, start);
         hooks_.mapped(-static_cast<std::int64_t>(bytes));
@@ -398,13 +433,10 @@ void Rank::unmap_extent(std::uint32_t page, const Wanted &wanted) noexcept {
 // An extent whose unmapping waits for its fence stays as it is. One that is gone already is not mapped again: the pool
 // has it unmapped everywhere, then.
 void Rank::recall_extent(std::uint32_t page, const Wanted &wanted) noexcept {
-    const Extent *const extent = extent_at(page);
-    const bool whole =
-        extent != nullptr && extent->pages == wanted.pages && !extent->torn && !fault::point("memory.recall.begin");
-    {
-        const std::scoped_lock lock(hands_mutex_);
-        std::erase(waiting_, page);
-    }
+    const auto found = extents_.find(page);
+    const bool whole = found != extents_.end() && found->second.pages == wanted.pages && !found->second.torn &&
+                       !fault::point("memory.recall.begin");
+    std::erase(waiting_, page);
     answer(page, wanted.generation, whole ? So::mapped : So::failed);
 }
 

@@ -2,7 +2,6 @@
 //
 // The mapper takes no lock of the scheduling process and runs no Python. It maps as soon as it is told, and unmaps
 // once the fence of the order has passed. Each extent is mapped whole in every span or, if any call fails, not at all.
-// On a GPU a helper takes part where many extents are to be mapped or unmapped at once (hands.hpp).
 #pragma once
 
 #include <atomic>
@@ -20,7 +19,6 @@
 #include "base/status.hpp"
 #include "driver/driver.hpp"
 #include "driver/handles.hpp"
-#include "memory/hands.hpp"
 #include "memory/page_table.hpp"
 
 namespace elastickv {
@@ -32,8 +30,6 @@ struct RankOptions {
     std::uint64_t page_bytes = 0;  // this rank's piece of one page of the table, in each span
     std::uint64_t deadline_ms = 10000;
     std::uint64_t reclaim_ms = 200;  // how long a mapping without memory waits for what others of this process give up
-    std::uint32_t hands = 0;         // threads that map and unmap, 1 or 2; 0: 2 on a GPU
-    std::uint32_t share_from = 4;    // extents at once; waking the helper takes as long as mapping one or two
 };
 
 // What the mapper reports to the ledger: bytes newly mapped (positive) or unmapped (negative), and leases to return.
@@ -88,7 +84,6 @@ class Rank {
         std::uint64_t since_ns = 0;
         std::vector<std::unique_ptr<Fence>> fences;
     };
-    enum class Hand { mapper, helper };
     struct PendingFence {
         std::uint64_t ticket;
         std::uint64_t stream;
@@ -96,7 +91,6 @@ class Rank {
     };
 
     Rank(std::shared_ptr<Driver> driver, std::shared_ptr<PageTable> table, const RankOptions &options, RankHooks hooks);
-    void start();
     void run() noexcept;
     bool bind() noexcept;
     bool record_front() noexcept;
@@ -104,17 +98,14 @@ class Rank {
     bool drain_ring() noexcept;
     bool poll_fences() noexcept;
     bool retry_waiting() noexcept;
-    void collect(std::uint32_t page) noexcept;
-    void work_on_collected() noexcept;
-    void look_at(std::uint32_t page, Hand hand) noexcept;
-    void map_extent(std::uint32_t page, const Wanted &wanted, Hand hand) noexcept;
+    void look_at(std::uint32_t page) noexcept;
+    void map_extent(std::uint32_t page, const Wanted &wanted) noexcept;
     void unmap_extent(std::uint32_t page, const Wanted &wanted) noexcept;
     void recall_extent(std::uint32_t page, const Wanted &wanted) noexcept;
     Status map_pieces(std::uint32_t page, Extent &extent, std::vector<std::unique_ptr<Fence>> &clearing);
     Status map_or_undo(std::uint32_t page, Extent &extent, std::vector<std::unique_ptr<Fence>> &clearing, bool *undone);
     static Status take_down(Extent &extent) noexcept;
     void keep(std::uint32_t page, Extent extent) noexcept;
-    Extent *extent_at(std::uint32_t page) noexcept;
     bool poll_clearing() noexcept;
     bool being_cleared(std::uint32_t page, std::uint32_t generation) const noexcept;
     void wait_cleared(std::vector<std::unique_ptr<Fence>> &fences) const noexcept;
@@ -136,14 +127,9 @@ class Rank {
     Reservation reservation_;
     RankSlot &slot_;
 
-    mutable std::mutex hands_mutex_;  // over these four, while there are two hands; never held in a driver call
-    std::unordered_map<std::uint32_t, Extent> extents_;
-    std::vector<std::uint32_t> waiting_;  // pages whose unmap waits for its fence
-    std::deque<Clearing> clearing_;       // oldest first
-    std::vector<std::uint32_t> again_;    // for which the helper found no memory: the mapper tries once more
-    // The mapper's own: what it is about to do, each page once, for no two hands may look at one page.
-    std::vector<std::uint32_t> collected_, collected_in_;
-    std::uint32_t collection_ = 1;
+    std::unordered_map<std::uint32_t, Extent> extents_;  // mapper's own
+    std::vector<std::uint32_t> waiting_;                 // pages whose unmap waits for its fence
+    std::deque<Clearing> clearing_;                      // oldest first
     std::uint64_t cursor_ = 0;
     bool bound_ = false;
     std::uint64_t reclaim_again_ns_ = 0;
@@ -154,7 +140,6 @@ class Rank {
     std::atomic<bool> reclaim_offered_{false};
     std::atomic<std::uint32_t> reclaim_asked_{0}, reclaim_done_{0};
     std::atomic<bool> stop_{false};
-    std::unique_ptr<Hands> hands_;  // null: the mapper alone
     std::thread thread_;
 };
 
