@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import socketserver
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,8 +17,10 @@ import pytest
 
 from benchmarks.common import load, schedule
 from benchmarks.common.load import Background, Form, Load
-from benchmarks.common.result import Row, Target
+from benchmarks.common.result import ROOT, Row, Target
 from benchmarks.common.schedule import Shape
+from benchmarks.common.senders import Senders
+from benchmarks.common.servers import ended
 from benchmarks.common.stats import percentile
 from elastickv.demo.engines import free_port
 
@@ -77,8 +82,10 @@ def server(answer: list[bytes | float]) -> Iterator[str]:
             thread.join(20)
 
 
-def ask(url: str, arrivals: list[float], deadline: float = 20.0, form: Form = "completions") -> Load:
-    return load.run(load.requests(url, "m", arrivals, SHAPE, 256, seed=0, form=form), deadline)
+def ask(
+    url: str, arrivals: list[float], deadline: float = 20.0, form: Form = "completions", processes: int = 1
+) -> Load:
+    return load.run(load.requests(url, "m", arrivals, SHAPE, 256, seed=0, form=form), deadline, processes)
 
 
 def form_of(kind: str) -> Form:
@@ -140,6 +147,55 @@ def test_requests_are_sent_at_their_time_whether_or_not_others_have_been_answere
         done = ask(url, arrivals, deadline=3.0)
     assert [one.sent >= one.arrival for one in done.outcomes] == [True] * 3
     assert len(done.failures) == 3
+
+
+def test_several_processes_send_each_request_once_and_in_time() -> None:
+    arrivals = [0.3, 0.0, 0.2, 0.1, 0.4]
+    with server(ANSWERS["fine"]) as url:
+        done = ask(url, arrivals, processes=3)
+    assert [one.arrival for one in done.outcomes] == arrivals
+    assert [one.tokens for one in done.outcomes] == [[1, 2, 3]] * 5
+    assert all(one.arrival <= one.sent <= one.first <= one.last for one in done.outcomes)
+    assert done.seconds >= max(one.last for one in done.outcomes)
+
+
+def test_several_processes_report_failures_too() -> None:
+    with server(ANSWERS["silence"]) as url:
+        done = ask(url, schedule.at_once(4), deadline=0.5, processes=2)
+    assert ["no end within" in one.error for one in done.outcomes] == [True] * 4
+
+
+def test_a_sender_that_dies_is_an_error_and_leaves_no_other_behind() -> None:
+    asked = load.requests(f"http://127.0.0.1:{free_port()}", "m", [20.0, 20.0], SHAPE, 256, seed=0)
+    with Senders(asked, 20.0, processes=2) as senders:
+        first, second = multiprocessing.active_children()
+        first.kill()
+        first.join(20)
+        with pytest.raises(RuntimeError, match="ended with code -9"):
+            senders.send(time.monotonic())
+    assert not second.is_alive()
+
+
+def test_senders_end_when_their_caller_is_killed() -> None:
+    code = (
+        "import multiprocessing, time\n"
+        "from benchmarks.common import load\n"
+        "from benchmarks.common.schedule import Shape\n"
+        "if __name__ == '__main__':\n"
+        "    asked = load.requests('http://127.0.0.1:9', 'm', [60.0, 60.0], Shape(4, 3), 256, seed=0)\n"
+        "    background = load.Background(asked, 60.0, processes=2).__enter__()\n"
+        "    print(*[one.pid for one in multiprocessing.active_children()], flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as caller:
+        assert caller.stdout is not None
+        pids = [int(word) for word in caller.stdout.readline().split()]
+        caller.kill()
+    assert len(pids) == 2
+    until = time.monotonic() + 20
+    while not all(ended(pid) for pid in pids):
+        assert time.monotonic() < until, "a sender outlived its caller"
+        time.sleep(0.02)
 
 
 def test_a_load_in_the_background_is_accounted_for_as_well() -> None:
