@@ -18,6 +18,8 @@ from elastickv.memory import Cache, RankGeometry, RankMemory
 
 HOST_PAGE = 64 * 1024
 GIVEN_BACK_S = 60.0
+MAPPER = "elastickv-map"
+"""The name of the mapper's thread."""
 
 
 def host_settings(device: str) -> dict[str, Any]:
@@ -52,6 +54,13 @@ class Bare:
         """What the mapper has done so far."""
         return self.cache.rank_stats()[0]
 
+    def mapper(self) -> int:
+        """The thread id of the mapper, the last one that was started in this process."""
+        tasks = [int(task.name) for task in Path("/proc/self/task").iterdir() if _name(task) == MAPPER]
+        if not tasks:
+            raise RuntimeError(f"no thread of this process is named {MAPPER}")
+        return max(tasks)
+
     def give_back(self) -> None:
         """Unmaps every free extent and waits until it is so."""
         self.pool.maintain(True)
@@ -65,6 +74,13 @@ class Bare:
     def close(self) -> None:
         self.memory.close()
         self.cache.close()
+
+
+def _name(task: Path) -> str:
+    try:
+        return (task / "comm").read_text(encoding="utf-8").strip()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def scratch() -> tempfile.TemporaryDirectory[str]:

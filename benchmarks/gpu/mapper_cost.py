@@ -3,18 +3,23 @@
     python benchmarks/gpu/mapper_cost.py [--small]
 
 For extents of each size, in turns: a process that makes the raw calls one after another, and a cache that maps and
-unmaps as many extents. The ratio is of medians over the rounds. Ours is the wall time from the caller's request until
-all of it is there, over the number of extents; the mapper thread's own time stands beside it. The raw calls are CUDA's
-and need a C++ compiler; on the host our side runs alone.
+unmaps as many extents. Ours is the wall time from the caller's request until all of it is there, over the number of
+extents; the mapper thread's own time stands beside it.
+
+Driver calls are the processor's work, and the cores of a virtual machine differ by half, and change. So both sides of a
+round run on one core, which is another one in the next round, and the ratio is the median of the rounds' ratios. The
+raw calls are CUDA's and need a C++ compiler; on the host our side runs alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -22,9 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.common import options
 from benchmarks.common.cache import Bare, Raw, scratch, spread
 from benchmarks.common.result import Result, Row, Target
+from benchmarks.common.stats import paired_ratio
 from elastickv.units import format_size, parse_size
 
-FULL = {"repeats": 7, "sizes": "2MiB,16MiB,64MiB,128MiB", "block_size": "2MiB", "most_size": "8GiB"}
+FULL = {"repeats": 32, "sizes": "2MiB,16MiB,64MiB,128MiB", "block_size": "2MiB", "most_size": "8GiB"}
 SMALL = {"repeats": 2, "sizes": "64KiB,1MiB", "block_size": "64KiB", "most_size": "8MiB"}
 ABOUT = {
     **options.ABOUT,
@@ -58,18 +64,36 @@ def one_size(result: Result, place: str, device: str, size: int, count: int, cho
         calls = None if device == "host" else stack.enter_context(Raw(place, size, count))
         extents = Extents(place, device, size, count, chosen.block_size)
         stack.callback(extents.bare.close)
-        for _ in range(chosen.repeats + WARM_UP):
-            if calls is not None:
-                raw.append(calls.measure())
-            ours.append(extents.measure())
+        for turn in range(chosen.repeats + WARM_UP):
+            with on_one_core(turn, extents.mapper, *([calls.process.pid] if calls else [])):
+                for side in ("raw", "ours") if turn % 2 else ("ours", "raw"):
+                    if side == "ours":
+                        ours.append(extents.measure())
+                    elif calls is not None:
+                        raw.append(calls.measure())
     for side, rounds in (("elastickv", ours[WARM_UP:]), ("raw calls", raw[WARM_UP:])):
         if rounds:
             figures = {key: spread([one[key] for one in rounds]) for key in rounds[0]}
             result.samples[f"{label}, {side}, us"] = figures
     for key in ("map", "unmap"):
-        mine = statistics.median(one[f"{key} wall"] for one in ours[WARM_UP:])
-        its = statistics.median(one[key] for one in raw[WARM_UP:]) if raw else None
-        result.rows.append(Row(f"{key} an extent of {label}", "us", mine, its, CHEAP if raw else None))
+        mine, its = [one[f"{key} wall"] for one in ours[WARM_UP:]], [one[key] for one in raw[WARM_UP:]]
+        medians = (statistics.median(mine), statistics.median(its) if its else None)
+        given = paired_ratio(mine, its) if its else None
+        result.rows.append(Row(f"{key} an extent of {label}", "us", *medians, CHEAP if its else None, given))
+
+
+@contextmanager
+def on_one_core(turn: int, *threads: int) -> Iterator[None]:
+    """Those threads on one core of this machine, the caller on the others, if there are others."""
+    cores = sorted(os.sched_getaffinity(0))
+    core = cores[turn % len(cores)]
+    for thread in threads:
+        os.sched_setaffinity(thread, {core})
+    os.sched_setaffinity(0, set(cores) - {core} or {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 class Extents:
@@ -84,6 +108,7 @@ class Extents:
         # A ledger has one capacity as long as a tenant runs on it: each size has its own.
         self.bare = Bare(str(Path(place, name)), device, name, **shape, max_extent=size)
         self.base = self.bare.pool.alloc(base)
+        self.mapper = self.bare.mapper()
 
     def measure(self) -> dict[str, float]:
         pool = self.bare.pool

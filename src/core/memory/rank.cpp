@@ -1,5 +1,7 @@
 #include "memory/rank.hpp"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cstring>
@@ -149,6 +151,7 @@ bool Rank::bind() noexcept {
 }
 
 void Rank::run() noexcept {
+    ::pthread_setname_np(::pthread_self(), "elastickv-map");  // as top -H shows it; 15 characters at most
     auto &header = table_->header();
     while (!stop_.load(std::memory_order_acquire)) {
         const std::uint32_t seen = header.order_bell.load(std::memory_order_acquire);
