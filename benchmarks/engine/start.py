@@ -4,7 +4,8 @@
 
 Together: all engines at once, managed and plain, whether each of them comes up and after how many seconds. Beside a
 busy one: the same requests, near the most that one engine serves, while a second engine starts and while none does; the
-busy one's P99 of TTFT and TPOT with the start over that without (a result of its own, start_beside.json).
+busy one's P99 of TTFT and TPOT with the start over that without (a result of its own, start_beside.json). The same with
+plain engines is the control: a start loads weights and warms kernels up, and the busy one feels that in any case.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ FULL = {
     "saturation_requests": 384,
     "share": 0.8,
     "repeats": 2,
+    "control": 1,
     "kv_size": "18GiB",
     "weights_size": "0",
     "settings": "",
@@ -55,6 +57,7 @@ ABOUT = {
     "shape": "tokens of prompt+answer",
     "saturation_requests": "at once, to find the most that one engine serves",
     "share": "of that, which the busy engine is given",
+    "control": "1: the start beside a busy engine is also measured with plain ones",
     "kv_size": "KV memory of all engines together",
     "weights_size": "room for an engine's weights; on a GPU elastickv finds that out by itself",
     "settings": "more of elastickv for each engine, as ELASTICKV_STOCK=0,ELASTICKV_LOG=debug",
@@ -75,7 +78,8 @@ def main() -> int:
     capacity = chosen.kv_size + (chosen.engines + 1) * chosen.weights_size if chosen.device == "host" else 0
     with Fleet(chosen.engine, chosen.device, chosen.model, capacity, chosen.start_deadline) as fleet:
         seconds = Starts(fleet, chosen, together).together()
-        Starts(fleet, chosen, beside).beside_a_busy_one(seconds)
+        for side in ("with", "without") if chosen.control else ("with",):
+            Starts(fleet, chosen, beside).beside_a_busy_one(seconds, side)
     together.write(chosen.output)
     beside.write(chosen.output)
     return 0
@@ -89,20 +93,19 @@ class Starts:
         self.shape = Shape.parse(chosen.shape)
         self.more = dict(pair.split("=", 1) for pair in chosen.settings.split(",") if pair)
 
-    def spec(self, name: str) -> Spec:
+    def spec(self, name: str, side: str = "with") -> Spec:
+        """Of a managed engine; for "without", of a plain one with its part of the KV memory."""
         most = sum(self.shape) + 16
         settings = {"ELASTICKV_STATIC": "checkpoint"} | self.more
-        return Spec(name, True, self.chosen.kv_size, False, self.chosen.seqs, most, environment=settings)
+        managed = Spec(name, True, self.chosen.kv_size, False, self.chosen.seqs, most, environment=settings)
+        return managed if side == "with" else plain_twin(managed, name, self.chosen.kv_size // self.chosen.engines)
 
     def together(self) -> float:
         """Seconds until the last managed one served."""
         found: dict[str, list[float]] = {}
-        part = self.chosen.kv_size // self.chosen.engines
         for side in ("without", "with"):
             names = [f"{'ours' if side == 'with' else 'plain'}-{n}" for n in range(self.chosen.engines)]
-            specs = [self.spec(name) for name in names]
-            if side == "without":
-                specs = [plain_twin(one, one.name, part) for one in specs]
+            specs = [self.spec(name, side) for name in names]
             began = time.monotonic()
             servers = [self.fleet.start(spec) for spec in specs]
             for server in servers:
@@ -132,30 +135,33 @@ class Starts:
                 done = load.run(self.asked(server, [0.0]), self.chosen.request_deadline)
                 self.result.account(side, f"{server.name}, which came up", done)
 
-    def beside_a_busy_one(self, seconds: float) -> None:
-        (busy,) = self.fleet.up(self.spec("busy"))
+    def beside_a_busy_one(self, seconds: float, engines: str) -> None:
+        """`engines`: "with", managed ones, or "without". The sides of the result are with a start and without one."""
+        label = "" if engines == "with" else "plain "
+        (busy,) = self.fleet.up(self.spec("busy" if engines == "with" else "plain-busy", engines))
         done = load.run(
             self.asked(busy, schedule.at_once(self.chosen.saturation_requests)), self.chosen.request_deadline
         )
-        self.result.account("without", "saturation", done)
+        self.result.account("without", f"{label}saturation", done)
         rate = self.chosen.share * done.requests_per_second
         if not rate:
-            self.result.note("the busy engine answered nothing at saturation: no load beside which to start another")
+            self.result.note(f"the {label}busy engine answered nothing at saturation: nothing to start another beside")
             return
         window = min(LONGEST_S, 1.2 * seconds + 3.0)
-        self.result.samples["busy engine"] = {"requests a second": rate, "seconds": window}
+        self.result.samples[f"{label}busy engine"] = {"requests a second": rate, "seconds": window}
         loads: dict[str, list[Load]] = {"with": [], "without": []}
         for number, side in enumerate(schedule.alternate(self.chosen.repeats, ("without", "with"))):
             arrivals = schedule.poisson(rate, max(2, round(rate * window)), self.chosen.seed + number // 2)
             with Background(self.asked(busy, arrivals), self.chosen.request_deadline) as background:
                 if side == "with":
-                    self.start_beside(background, number)
+                    self.start_beside(background, f"{busy.name}-late-{number}", engines)
             loads[side].append(background.wait())
-        self.rows(loads)
+        self.fleet.stop(busy.name)
+        self.rows(loads, label)
 
-    def start_beside(self, background: Background, number: int) -> None:
+    def start_beside(self, background: Background, name: str, engines: str) -> None:
         time.sleep(max(0.0, background.start + 1.0 - time.monotonic()))
-        late = self.fleet.start(self.spec(f"late-{number}"))
+        late = self.fleet.start(self.spec(name, engines))
         began = time.monotonic()
         why = try_ready(self.fleet, late)
         if why:
@@ -165,20 +171,23 @@ class Starts:
             self.result.note(f"{late.name} started for longer than the load beside it lasted")
         self.fleet.stop(late.name)
 
-    def rows(self, loads: dict[str, list[Load]]) -> None:
+    def rows(self, loads: dict[str, list[Load]], label: str) -> None:
+        """Of managed engines with their targets; those of plain ones are there to compare with."""
         for side, series in loads.items():
             for done in series:
-                self.result.account(side, f"busy engine, {self.result.sides[side]}", done)
-                self.result.samples.setdefault(f"busy engine, {self.result.sides[side]}", []).append(done.samples())
+                self.result.account(side, f"{label}busy engine, {self.result.sides[side]}", done)
+                self.result.samples.setdefault(f"{label}busy engine, {self.result.sides[side]}", []).append(
+                    done.samples()
+                )
         spoilt = sum(len(done.failures) for done in loads["with"])
         for name, of in (("TTFT", Load.ttft), ("TPOT", Load.tpot)):
-            for figure, percent, target in (("P99", 99, CALM), ("median", 50, None)):
+            for figure, percent, target in (("P99", 99, None if label else CALM), ("median", 50, None)):
                 values = {
                     side: [1e3 * percentile(of(one), percent) for one in series] for side, series in loads.items()
                 }
                 given = paired_ratio(values["with"], values["without"])
                 medians = (statistics.median(values["with"]), statistics.median(values["without"]))
-                what = f"busy engine's {name}, {figure}"
+                what = f"{label}busy engine's {name}, {figure}"
                 self.result.rows.append(Row(what, "ms", *medians, target, given, spoilt))
 
     def asked(self, server: Engine, arrivals: list[float]) -> list[load.Request]:
