@@ -3,7 +3,8 @@
     python benchmarks/plot.py benchmarks/results/nvidia-h100-80gb-hbm3/*.json --output docs/pictures/h100
 
 Writes targets.svg: every figure that has a target, as a multiple of it, the missed ones included; and for results that
-have them burst.svg (TTFT at every peak) and NAME-ttft.svg (the share of requests answered within a time).
+have them burst.svg (TTFT at every peak), burst-memory.svg (what each engine held meanwhile) and NAME-ttft.svg (the
+share of requests answered within a time).
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ def pictures(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     for name, report in reports.items():
         if report["benchmark"] == "engine/burst":
             found[name] = burst(report)
+            found[f"{name}-memory"] = memory(report)
         curves = answered(report)
         if curves is not None:
             found[f"{name}-ttft"] = curves
@@ -124,6 +126,27 @@ def burst(report: Mapping[str, Any]) -> Any:
         axes.set_ylabel("TTFT, s")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
+    figure.tight_layout()
+    return figure
+
+
+def memory(report: Mapping[str, Any]) -> Any:
+    """What each engine held at every peak, one upon the other, and what of it all was in use."""
+    from matplotlib.figure import Figure
+
+    peaks = {what: rounds[0] for what, rounds in report["samples"].get("memory", {}).items() if rounds[0]["at"]}
+    if not peaks:
+        return None
+    figure = Figure(figsize=(WIDTH, 2.2 * len(peaks)))
+    for axes, (what, one) in zip(figure.subplots(len(peaks), 1, squeeze=False).flat, peaks.items(), strict=True):
+        held = [[mib / 1024 for mib in series] for series in one["held"].values()]
+        used = [sum(moment) / 1024 for moment in zip(*one["used"].values(), strict=True)]
+        axes.stackplot(one["at"], *held, labels=[f"{name} holds" for name in one["held"]], alpha=0.6)
+        axes.plot(one["at"], used, color="black", linewidth=0.8, label="in use, all")
+        axes.set_title(what)
+        axes.set_xlabel("s")
+        axes.set_ylabel("GiB")
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     return figure
 

@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -22,9 +24,11 @@ from benchmarks.common.engine_kinds import Spec
 from benchmarks.common.load import Load, Request
 from benchmarks.common.result import Result, Row, Target
 from benchmarks.common.schedule import Shape
-from benchmarks.common.servers import Fleet, plain_twin
+from benchmarks.common.servers import MIB, Fleet, plain_twin
 from benchmarks.common.stats import ratio, summary
 from elastickv.demo.engines import Engine
+from elastickv.demo.watch import Watch
+from elastickv.ledger import DeviceView
 
 FULL = {
     **options.ENGINE,
@@ -68,6 +72,8 @@ ABOUT = {
 }
 NOT_WORSE = Target("ratio", "most", 1.0)
 BEST = Target("ratio", "most", 1 / 28)
+LOOK_S = 0.25
+"""Between looks at the ledger."""
 
 
 def main() -> int:
@@ -141,7 +147,12 @@ class Burst:
         arrivals = schedule.ramp(peak, self.chosen.step)
         length = len(schedule.ramp_rates(peak)) * self.chosen.step
         asked = self.asked(servers, arrivals, length * self.chosen.stagger)
-        done = self.send(asked, f"peak {peak}, {self.result.sides[side]}", side)
+        with ExitStack() as stack:
+            if side == "with":
+                memory = Memory([server.name for server in servers])
+                stack.enter_context(Watch(self.fleet.ledger(), LOOK_S, show=memory.look))
+                self.result.samples.setdefault("memory", {}).setdefault(f"peak {peak}", []).append(memory.series)
+            done = self.send(asked, f"peak {peak}, {self.result.sides[side]}", side)
         self.loads.setdefault((peak, side), []).append(done)
         self.result.samples.setdefault(f"peak {peak}, {side}", []).append(done.samples())
 
@@ -176,6 +187,22 @@ class Burst:
             self.result.rows.append(Row(f"best of all peaks ({row.what})", "ms", row.with_, row.without, BEST))
             gain = ratio(1.0, row.ratio)
             self.result.note(f"{row.what}: {gain:.2f} times better than the static split" if gain else row.what)
+
+
+class Memory:
+    """What each engine holds and what of that is in use, in MiB, and when: seconds from the first look."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+        self.began = time.monotonic()
+        self.series: dict[str, Any] = {"at": [], "held": {name: [] for name in names}, "used": {n: [] for n in names}}
+
+    def look(self, view: DeviceView) -> None:
+        self.series["at"].append(round(time.monotonic() - self.began, 3))
+        for name in self.names:
+            tenant = view.tenant(name)
+            self.series["held"][name].append(round(tenant.held / MIB, 2))
+            self.series["used"][name].append(round(tenant.usage.used / MIB, 2))
 
 
 if __name__ == "__main__":

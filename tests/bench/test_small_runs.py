@@ -96,6 +96,8 @@ def test_what_does_not_depend_on_the_machine_is_met(suite: tuple[Path, subproces
     assert rows(folder, "growth")["driver calls of the warm growth"]["met"]
     peaks = {what.split(":")[0] for what in rows(folder, "burst")}
     assert {"peak 4", "peak 8"} < peaks
+    for rounds in read(folder / "burst.json")["samples"]["memory"].values():
+        assert any(mib for one in rounds for series in one["used"].values() for mib in series)
     serving = rows(folder, "serving")
     assert all(row["with"] and row["without"] and row["ratio"] for row in serving.values())
 
@@ -110,7 +112,14 @@ def test_the_pictures_show_missed_targets_too(
     done = run(sys.executable, str(ROOT / "benchmarks/plot.py"), *results, "--output", str(tmp_path))
     assert done.returncode == 0, done.stdout
     names = {path.name for path in tmp_path.glob("*.svg")}
-    assert {"targets.svg", "burst.svg", "burst-ttft.svg", "serving-ttft.svg", "kill-ttft.svg"} <= names
+    assert {
+        "targets.svg",
+        "burst.svg",
+        "burst-memory.svg",
+        "burst-ttft.svg",
+        "serving-ttft.svg",
+        "kill-ttft.svg",
+    } <= names
 
 
 def test_sleep_is_refused_where_it_cannot_be_measured(tmp_path: Path) -> None:
