@@ -159,8 +159,10 @@ def answered(report: Mapping[str, Any]) -> Any:
     if not loads:
         return None
     figure = Figure(figsize=(WIDTH, 3.0 * math.ceil(len(loads) / 2)))
-    grid = figure.subplots(math.ceil(len(loads) / 2), min(2, len(loads)), squeeze=False).flat
-    for axes, (what, sides) in zip(grid, loads.items(), strict=False):
+    grid = list(figure.subplots(math.ceil(len(loads) / 2), min(2, len(loads)), squeeze=False).flat)
+    for axes in grid[len(loads) :]:
+        axes.remove()
+    for axes, (what, sides) in zip(grid, sorted(loads.items(), key=by_number), strict=False):
         for side, colour in (("without", WITHOUT), ("with", MET)):
             series = sides[side]
             came = sorted(value for value in series if value is not None)
@@ -173,6 +175,12 @@ def answered(report: Mapping[str, Any]) -> Any:
         axes.legend(frameon=False)
     figure.tight_layout()
     return figure
+
+
+def by_number(load: tuple[str, Any]) -> tuple[int, str]:
+    """Peaks from the lowest on."""
+    peak = re.search(r"peak (\d+)", load[0])
+    return int(peak[1]) if peak else 0, load[0]
 
 
 def pairs(report: Mapping[str, Any]) -> dict[str, dict[str, Sequence[float | None]]]:

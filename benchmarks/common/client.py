@@ -7,6 +7,7 @@ text in `error`.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import math
 import time
@@ -67,7 +68,12 @@ def send(load: Sequence[Request], deadline: float, start: float) -> list[Outcome
 
     `start`: of time.monotonic(), the moment that arrivals count from.
     """
-    return asyncio.run(_send(load, deadline, start))
+    # What earlier loads left is not looked through for garbage: on an H200 that stopped a client for up to 347 ms.
+    gc.freeze()
+    try:
+        return asyncio.run(_send(load, deadline, start))
+    finally:
+        gc.unfreeze()
 
 
 async def _send(load: Sequence[Request], deadline: float, start: float) -> list[Outcome]:

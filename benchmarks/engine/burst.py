@@ -107,7 +107,7 @@ class Burst:
                 self.peak(servers, peak, side)
             for server in servers:
                 self.fleet.stop(server.name)
-        for peak in self.peaks:
+        for peak in sorted(self.peaks):
             self.rows(peak)
         self.best()
 
