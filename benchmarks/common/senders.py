@@ -99,11 +99,13 @@ def _work(connection: Connection, load: Sequence[Request], deadline: float) -> N
     # It ends soon anyway, and a pause to look for garbage would be in the latencies.
     gc.disable()
     connection.send([])
-    with suppress(EOFError, OSError):
+    try:
         start = connection.recv()
-        # Nothing more is said to it: the end of the pipe means that the caller is gone.
-        threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
-        connection.send(send(load, deadline, start))
+    except (EOFError, OSError):
+        return
+    # Nothing more is said to it: the end of the pipe means that the caller is gone.
+    threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
+    connection.send(send(load, deadline, start))
 
 
 def _end_with(connection: Connection) -> None:
