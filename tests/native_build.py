@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 
-__all__ = ["build", "run_native", "standin_libraries"]
+__all__ = ["KINDS", "build", "run_native", "standin_libraries"]
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD_S = 1800
+KINDS = ("plain", "address", "thread")
+"""As they are, under AddressSanitizer, and under ThreadSanitizer."""
 
 
 def run_native(command: list[str], seconds: int, **environment: str) -> str:
@@ -69,3 +71,8 @@ def standin_libraries(folder: Path) -> Path:
     for name, library in (("libcuda.so.1", "libstandin_cuda.so"), ("libnvidia-ml.so.1", "libstandin_nvml.so")):
         (folder / name).symlink_to(built / library)
     return folder
+
+
+if __name__ == "__main__":
+    for one in KINDS:
+        build(one)

@@ -8,10 +8,9 @@ import shutil
 
 import pytest
 
-from native_build import build, run_native
+from native_build import KINDS, build, run_native
 
 RUN_S = 600
-KINDS = ("plain", "address", "thread")
 
 
 @pytest.mark.slow
