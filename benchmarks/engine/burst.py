@@ -32,6 +32,7 @@ from elastickv.ledger import DeviceView
 
 FULL = {
     **options.ENGINE,
+    "seqs": 1024,
     "engines": 3,
     "shape": "256+256",
     "shares": "0.5,0.75,1,1.25,1.5",
@@ -59,6 +60,7 @@ SMALL = {
 }
 ABOUT = {
     **options.ABOUT,
+    "seqs": "requests that an engine runs at once; 1024 is vLLM's own default on such GPUs: memory is what runs short",
     "engines": "that share the device",
     "shape": "tokens of prompt+answer",
     "shares": "peaks as shares of the saturation, by commas",
@@ -190,12 +192,16 @@ class Burst:
 
 
 class Memory:
-    """What each engine holds and what of that is in use, in MiB, and when: seconds from the first look."""
+    """What each engine holds and what of that is in use, in MiB; how many extents it has mapped and unmapped since the
+    first look, and how often it was refused a lease; and when: seconds from the first look.
+    """
 
     def __init__(self, names: list[str]) -> None:
         self.names = names
         self.began = time.monotonic()
-        self.series: dict[str, Any] = {"at": [], "held": {name: [] for name in names}, "used": {n: [] for n in names}}
+        self.first: dict[tuple[str, str], int] = {}
+        kinds = ("held", "used", "maps", "unmaps", "misses")
+        self.series: dict[str, Any] = {"at": [], **{kind: {name: [] for name in names} for kind in kinds}}
 
     def look(self, view: DeviceView) -> None:
         self.series["at"].append(round(time.monotonic() - self.began, 3))
@@ -203,6 +209,12 @@ class Memory:
             tenant = view.tenant(name)
             self.series["held"][name].append(round(tenant.held / MIB, 2))
             self.series["used"][name].append(round(tenant.usage.used / MIB, 2))
+            self.count("maps", name, tenant.histograms.map.count)
+            self.count("unmaps", name, tenant.histograms.unmap.count)
+            self.count("misses", name, tenant.counters.misses)
+
+    def count(self, kind: str, name: str, value: int) -> None:
+        self.series[kind][name].append(value - self.first.setdefault((kind, name), value))
 
 
 if __name__ == "__main__":

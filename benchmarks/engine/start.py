@@ -34,6 +34,7 @@ FULL = {
     "saturation_requests": 384,
     "share": 0.8,
     "repeats": 2,
+    "together": 1,
     "control": 1,
     "kv_size": "18GiB",
     "weights_size": "0",
@@ -57,6 +58,7 @@ ABOUT = {
     "shape": "tokens of prompt+answer",
     "saturation_requests": "at once, to find the most that one engine serves",
     "share": "of that, which the busy engine is given",
+    "together": "1: that many at the same moment; 0: only the start beside a busy engine",
     "control": "1: the start beside a busy engine is also measured with plain ones",
     "kv_size": "KV memory of all engines together",
     "weights_size": "room for an engine's weights; on a GPU elastickv finds that out by itself",
@@ -77,10 +79,12 @@ def main() -> int:
     # On a GPU elastickv finds out by itself what is there; on the host it is told, KV memory and weights.
     capacity = chosen.kv_size + (chosen.engines + 1) * chosen.weights_size if chosen.device == "host" else 0
     with Fleet(chosen.engine, chosen.device, chosen.model, capacity, chosen.start_deadline) as fleet:
-        seconds = Starts(fleet, chosen, together).together()
+        if chosen.together:
+            Starts(fleet, chosen, together).together()
         for side in ("with", "without") if chosen.control else ("with",):
-            Starts(fleet, chosen, beside).beside_a_busy_one(seconds, side)
-    together.write(chosen.output)
+            Starts(fleet, chosen, beside).beside_a_busy_one(side)
+    if chosen.together:
+        together.write(chosen.output)
     beside.write(chosen.output)
     return 0
 
@@ -100,8 +104,8 @@ class Starts:
         managed = Spec(name, True, self.chosen.kv_size, False, self.chosen.seqs, most, environment=settings)
         return managed if side == "with" else plain_twin(managed, name, self.chosen.kv_size // self.chosen.engines)
 
-    def together(self) -> float:
-        """Seconds until the last managed one served."""
+    def together(self) -> None:
+        """All at once, plain ones first."""
         found: dict[str, list[float]] = {}
         for side in ("without", "with"):
             names = [f"{'ours' if side == 'with' else 'plain'}-{n}" for n in range(self.chosen.engines)]
@@ -126,7 +130,6 @@ class Starts:
         )
         last = {side: max(found[side], default=None) if side in found else None for side in ("with", "without")}
         self.result.rows.append(Row("until the last of them served", "s", last["with"], last["without"]))
-        return last["with"] or LONGEST_S / 2
 
     def answered(self, servers: list[Engine], side: str) -> None:
         """One that came up answers too."""
@@ -135,10 +138,15 @@ class Starts:
                 done = load.run(self.asked(server, [0.0]), self.chosen.request_deadline)
                 self.result.account(side, f"{server.name}, which came up", done)
 
-    def beside_a_busy_one(self, seconds: float, engines: str) -> None:
-        """`engines`: "with", managed ones, or "without". The sides of the result are with a start and without one."""
+    def beside_a_busy_one(self, engines: str) -> None:
+        """`engines`: "with", managed ones, or "without". The sides of the result are with a start and without one.
+
+        The load lasts half as long again as the busy engine's own start took, alone.
+        """
         label = "" if engines == "with" else "plain "
+        began = time.monotonic()
         (busy,) = self.fleet.up(self.spec("busy" if engines == "with" else "plain-busy", engines))
+        seconds = time.monotonic() - began
         done = load.run(
             self.asked(busy, schedule.at_once(self.chosen.saturation_requests)), self.chosen.request_deadline
         )
@@ -147,7 +155,7 @@ class Starts:
         if not rate:
             self.result.note(f"the {label}busy engine answered nothing at saturation: nothing to start another beside")
             return
-        window = min(LONGEST_S, 1.2 * seconds + 3.0)
+        window = min(LONGEST_S, 1.5 * seconds + 3.0)
         self.result.samples[f"{label}busy engine"] = {"requests a second": rate, "seconds": window}
         loads: dict[str, list[Load]] = {"with": [], "without": []}
         for number, side in enumerate(schedule.alternate(self.chosen.repeats, ("without", "with"))):
