@@ -73,10 +73,19 @@ class Neighbour:
         self._process = process
 
     def say(self, word: str) -> Any:
-        if self._process.stdin is None or self._process.stdout is None:
+        self.send(word)
+        return self.expect()
+
+    def send(self, word: str) -> None:
+        if self._process.stdin is None:
             raise RuntimeError("the neighbour's pipes are missing")
         self._process.stdin.write(word + "\n")
         self._process.stdin.flush()
+
+    def expect(self) -> Any:
+        """The next line that it says."""
+        if self._process.stdout is None:
+            raise RuntimeError("the neighbour's pipes are missing")
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(f"the neighbour ended with {self._process.wait(20)}")

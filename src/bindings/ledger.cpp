@@ -89,6 +89,7 @@ nb::dict tenant_dict(const TenantView &tenant) {
     out["weight"] = tenant.weight;
     out["priority"] = tenant.priority;
     out["demand"] = tenant.demand;
+    out["backlog"] = tenant.backlog;
     out["demand_ticket"] = tenant.demand_ticket;
     out["demand_age_ns"] = tenant.demand_age_ns;
     out["page_bytes"] = tenant.page_bytes;

@@ -158,6 +158,7 @@ class TenantView:
     weight: int
     priority: int
     demand: int
+    backlog: int
     demand_ticket: int
     demand_age_ns: int
     page_bytes: int

@@ -42,7 +42,7 @@ def scheduler(native: Any, *, reserved: int = 0) -> tuple[Any, Any]:
     coordinator = SimpleNamespace(get_num_blocks_to_allocate=lambda request: request.blocks)
     pool = BlockPool(33, True, 16)
 
-    def allocate_slots(request: Any, reserved_blocks: int = 0) -> list[Any] | None:
+    def allocate_slots(request: Any, num_new_tokens: int, reserved_blocks: int = 0) -> list[Any] | None:
         needed = coordinator.get_num_blocks_to_allocate(request)
         if needed + manager.watermark_blocks > pool.get_num_free_blocks() - reserved_blocks:
             return None
@@ -64,13 +64,13 @@ def request(blocks: int, status: str = "WAITING") -> Any:
 def test_memory_is_there_before_vllm_counts(cache: tuple[Cache, RankMemory]) -> None:
     made, _ = scheduler(cache[0].pool)
     assert cache[0].pool.num_available() == 0
-    assert len(made.kv_cache_manager.allocate_slots(request(5))) == 5
+    assert len(made.kv_cache_manager.allocate_slots(request(5), 80)) == 5
     assert cache[0].pool.num_used() == 5
 
 
 def test_what_vllm_keeps_free_besides_is_asked_for_too(cache: tuple[Cache, RankMemory]) -> None:
     made, _ = scheduler(cache[0].pool)
-    assert len(made.kv_cache_manager.allocate_slots(request(5), reserved_blocks=4)) == 5
+    assert len(made.kv_cache_manager.allocate_slots(request(5), 80, reserved_blocks=4)) == 5
     assert cache[0].pool.num_available() >= 4
 
 
@@ -81,11 +81,11 @@ def test_the_watermark_is_of_the_memory_and_not_of_the_addresses(cache: tuple[Ca
 
 def test_running_out_is_an_answer(cache: tuple[Cache, RankMemory]) -> None:
     made, pool = scheduler(cache[0].pool)
-    held = made.kv_cache_manager.allocate_slots(request(16))
-    assert made.kv_cache_manager.allocate_slots(request(1)) is None
+    held = made.kv_cache_manager.allocate_slots(request(16), 256)
+    assert made.kv_cache_manager.allocate_slots(request(1), 16) is None
     assert pool.starved
     pool.free_blocks(held)
-    assert len(made.kv_cache_manager.allocate_slots(request(1))) == 1
+    assert len(made.kv_cache_manager.allocate_slots(request(1), 16)) == 1
 
 
 def step(made: Any, pool: Any, tokens: int) -> list[int]:
@@ -107,8 +107,8 @@ def step(made: Any, pool: Any, tokens: int) -> list[int]:
 def test_a_starved_engine_does_not_spin(cache: tuple[Cache, RankMemory]) -> None:
     made, pool = scheduler(cache[0].pool)
     assert step(made, pool, 0) == []  # nothing was refused
-    made.kv_cache_manager.allocate_slots(request(16))
-    assert made.kv_cache_manager.allocate_slots(request(1)) is None
+    made.kv_cache_manager.allocate_slots(request(16), 256)
+    assert made.kv_cache_manager.allocate_slots(request(1), 16) is None
     (waited,) = step(made, pool, 0)
     assert waited > 5_000
     assert step(made, pool, 7) == []
@@ -116,6 +116,45 @@ def test_a_starved_engine_does_not_spin(cache: tuple[Cache, RankMemory]) -> None
     flying.num_in_flight_tokens = 1
     made.running.append(flying)
     assert step(made, pool, 0) == []  # the answer of a step will free something
+
+
+def test_what_waits_is_announced_once_a_request_was_refused(cache: tuple[Cache, RankMemory]) -> None:
+    from elastickv.engines.vllm.scheduler import announce
+
+    made, pool = scheduler(cache[0].pool)
+    told: list[int] = []
+    seen: Any = SimpleNamespace(native=SimpleNamespace(set_backlog=told.append))
+    made.waiting = [SimpleNamespace(num_tokens=80, num_computed_tokens=16) for _ in range(300)]
+    made.max_num_running_reqs = 10
+    made.running = [request(1, "RUNNING")] * 3
+
+    def announced() -> int:
+        seen.starved, seen.blocks_per_token = pool.starved, pool.blocks_per_token
+        announce(made, seen)
+        return told[-1]
+
+    held = made.kv_cache_manager.allocate_slots(request(16), 256)
+    assert announced() == 0  # nothing was refused
+    assert made.kv_cache_manager.allocate_slots(request(1), 16) is None
+    assert announced() == 7 * 4  # of 64 tokens, and no more than may run
+    made.max_num_running_reqs = 1000
+    assert announced() == 256 * 4
+    made.running = [request(1, "RUNNING")] * 1000
+    assert announced() == 0
+    pool.free_blocks(held)
+    time.sleep(0.06)  # until the pool is asked again: what was refused a moment ago is not
+    assert made.kv_cache_manager.allocate_slots(request(1), 16) is not None
+    made.running = []
+    assert announced() == 0
+
+
+def test_a_neighbour_hears_of_all_that_waits(cache: tuple[Cache, RankMemory], directory: Path) -> None:
+    made, pool = scheduler(cache[0].pool)
+    made.kv_cache_manager.allocate_slots(request(16), 256)
+    pool.native.set_backlog(6)
+    assert made.kv_cache_manager.allocate_slots(request(2), 32) is None
+    row = read_device(Ledger.open(str(directory), "host")).tenant("one")
+    assert (row.demand, row.backlog) == (2 * BLOCK, 6 * BLOCK)
 
 
 def test_a_scheduler_of_another_kind_is_refused() -> None:
@@ -276,7 +315,7 @@ class Requests:
 def lowered(cache: tuple[Cache, RankMemory], blocks: int, *, now: bool) -> Any:
     """The cache's pool with 12 blocks available, under a limit of so many and the null block's."""
     made, pool = scheduler(cache[0].pool)
-    assert made.kv_cache_manager.allocate_slots(request(12)) is not None
+    assert made.kv_cache_manager.allocate_slots(request(12), 192) is not None
     pool.free_blocks([block for block in pool.blocks if block.ref_cnt == 1 and not block.is_null])
     ledger = Ledger.open(str(cache[0].settings.directory), "host")
     ledger.order_limit("one", (blocks + 1) * BLOCK, now)

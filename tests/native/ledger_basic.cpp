@@ -108,6 +108,31 @@ TEST("ledger: a refusal with ring records the demand and rings the neighbours") 
     CHECK(!a->pressed());
 }
 
+TEST("ledger: what waits behind a refused lease stands beside the demand, and goes with it") {
+    Directory directory;
+    auto ledger = open(directory, 64 * MiB);
+    auto a = join(ledger, "a");
+    auto b = join(ledger, "b");
+    CHECK_OK(a->lease(64 * MiB, false));
+    Usage usage;
+    usage.used = 64 * MiB;
+    a->publish(usage, {});
+    b->set_backlog(16 * MiB);
+    CHECK(!a->pressed());  // nothing was refused yet
+    CHECK(b->lease(8 * MiB, true).code() == Code::unavailable);
+    CHECK_EQ(row_of(ledger, "b").backlog, 16 * MiB);
+    CHECK_EQ(a->ask().as_freed, 24 * MiB);
+    b->set_backlog(1'000'000 * MiB);
+    CHECK(b->lease(8 * MiB, true).code() == Code::unavailable);
+    CHECK_EQ(a->ask().as_freed, 32 * MiB);  // half is its share
+    CHECK(b->lease_static(8 * MiB, true).code() == Code::unavailable);
+    CHECK_EQ(row_of(ledger, "b").backlog, 0U);  // of blocks, not of weights
+    CHECK(b->lease(8 * MiB, true).code() == Code::unavailable);
+    b->withdraw_demand();
+    CHECK_EQ(row_of(ledger, "b").demand + row_of(ledger, "b").backlog, 0U);
+    CHECK(!a->pressed());
+}
+
 TEST("ledger: neighbours go on giving for a floor of which a part was granted") {
     Directory directory;
     auto ledger = open(directory, 64 * MiB);

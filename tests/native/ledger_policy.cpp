@@ -211,6 +211,50 @@ TEST("ledger policy: used pages above the share are asked for as they become fre
     CHECK_EQ(a[0].as_freed, 0U);
 }
 
+TEST("ledger policy: what waits behind a demand is asked for as far as its tenant's share goes") {
+    Snapshot s = world(100);
+    add(s, 90);
+    add(s, 10);
+    demand(s.claims[1], 8, 1);
+    s.claims[1].backlog = 20 * MiB;
+    CHECK_EQ(asks(s)[0].as_freed, 28 * MiB);
+    CHECK_EQ(asks(s)[1].as_freed + asks(s)[1].mapped_free + asks(s)[1].cached, 0U);  // not of itself
+    s.claims[1].backlog = 1000 * MiB;
+    CHECK_EQ(asks(s)[0].as_freed, 40 * MiB);  // its share is 50, and it holds 10
+    s.claims[1].limit = 25 * MiB;
+    CHECK_EQ(asks(s)[0].as_freed, 15 * MiB);
+    s.claims[1].limit = kNoLimit;
+    s.claims[1].floor = 30 * MiB;  // 20 of the 40 are owed anyway
+    CHECK_EQ(asks(s)[0].as_freed, 40 * MiB);
+    CHECK(decide(s, 0, MiB) != Verdict::grant);
+    s.claims[1].demand_seen_ns = kNow - 2 * kDemandLifetimeNs;  // nobody waits any more
+    s.claims[1].floor = 0;
+    CHECK_EQ(asks(s)[0].as_freed, 0U);
+}
+
+TEST("ledger policy: a backlog keeps no bytes from those who rank lower") {
+    Snapshot s = world(100);
+    add(s, 60);
+    add(s, 10);
+    demand(s.claims[1], 8, 1);
+    s.claims[1].backlog = 30 * MiB;
+    CHECK_EQ(grantable(s, 0), 22 * MiB);  // 30 are free, and the demand itself is kept
+}
+
+TEST("ledger policy: memory is scarce where less than a quarter of the capacity is nobody's") {
+    Snapshot s = world(100);
+    add(s, 60);
+    CHECK_EQ(scarcity(s, 0), 0U);
+    add(s, 20);
+    CHECK_EQ(scarcity(s, 0), 5 * MiB);
+    s.claims[1].floor = 30 * MiB;  // 10 of the 20 that are free are promised
+    CHECK_EQ(scarcity(s, 0), 15 * MiB);
+    s.claims[0].leaving = 12 * MiB;
+    CHECK_EQ(scarcity(s, 0), 3 * MiB);
+    s.unmanaged = 50 * MiB;
+    CHECK_EQ(scarcity(s, 0), 25 * MiB + 28 * MiB);
+}
+
 TEST("ledger policy: an unmet floor is asked back as soon as its owner wants it") {
     Snapshot s = world(100);
     add(s, 100, 60);

@@ -87,15 +87,15 @@ ConstantHeader make_constant_header(const std::string &boot_id, const std::strin
 
 void clear_life(Row &row) noexcept {
     row.incarnation.store(0, std::memory_order_release);
-    for (Word *word : {&row.demand_seen_ns, &row.demand,         &row.leased,
-                       &row.static_bytes,   &row.floor,          &row.used,
-                       &row.cached,         &row.mapped_free,    &row.transit,
-                       &row.leaving,        &row.pinned,         &row.virtual_bytes,
-                       &row.ask_open_ns,    &row.ask_late_ns,    &row.active_ns,
-                       &row.misses,         &row.evicted_need,   &row.evicted_neighbour,
-                       &row.evicted_limit,  &row.evicted_idle,   &row.evicted_budget,
-                       &row.asked,          &row.answered,       &row.late,
-                       &row.demand_ticket,  &row.demand_since_ns}) {
+    for (Word *word : {&row.demand_seen_ns, &row.demand,          &row.leased,
+                       &row.static_bytes,   &row.floor,           &row.used,
+                       &row.cached,         &row.mapped_free,     &row.transit,
+                       &row.leaving,        &row.pinned,          &row.virtual_bytes,
+                       &row.ask_open_ns,    &row.ask_late_ns,     &row.active_ns,
+                       &row.misses,         &row.evicted_need,    &row.evicted_neighbour,
+                       &row.evicted_limit,  &row.evicted_idle,    &row.evicted_budget,
+                       &row.asked,          &row.answered,        &row.late,
+                       &row.demand_ticket,  &row.demand_since_ns, &row.backlog}) {
         word->store(0, std::memory_order_relaxed);
     }
     row.trim_wanted.store({0, 0, false});

@@ -24,7 +24,7 @@ using Word = std::atomic<std::uint64_t>;
 static_assert(sizeof(Word) == 8 && Word::is_always_lock_free);
 
 inline constexpr std::uint64_t kMagic = 0x31766b6369747365;  // "estickv1", the file's first bytes
-inline constexpr std::uint64_t kFormatVersion = 3;
+inline constexpr std::uint64_t kFormatVersion = 4;
 inline constexpr std::uint64_t kMaxBytes = std::uint64_t{1} << 48;  // no amount in a ledger is larger
 // The mutex lives in the file, so processes that share it must agree on its layout: this names the C library's.
 inline constexpr std::uint64_t kLockAbi = 0x676c696263000000 + sizeof(pthread_mutex_t);  // "glibc"
@@ -104,7 +104,7 @@ struct alignas(64) Row {
     Word leased, static_bytes;  // grown under the mutex only; shrunk by the tenant without it
     Revised limit_wanted, limit_held;
     Revised trim_wanted, trim_done;  // `bytes` of the latter: given back
-    Word demand, demand_ticket, demand_since_ns;
+    Word demand, backlog, demand_ticket, demand_since_ns;
     Word demand_seen_ns;  // last refresh; 0: no demand, and no floor that is owed. Written last
     Word ask_open_ns;     // since when an ask has stood unanswered; 0: none
     Word ask_late_ns;     // the ask_open_ns that was counted as late

@@ -93,6 +93,7 @@ struct TenantView {
     std::uint32_t weight = 1;
     std::int32_t priority = 0;
     std::uint64_t demand = 0;         // bytes wanted and refused, still waiting (0 when expired)
+    std::uint64_t backlog = 0;        // bytes that wait behind it, as the tenant says (0 when the demand has expired)
     std::uint64_t demand_ticket = 0;  // order of arrival
     std::uint64_t demand_age_ns = 0;
     std::uint64_t page_bytes = 0;
@@ -180,6 +181,9 @@ class Tenant {
     // Takes `bytes` more, all or nothing. `ring`: when refused, record the demand and ring the neighbours' bells;
     // otherwise leave no trace. unavailable / limit when refused.
     virtual Status lease(std::uint64_t bytes, bool ring) = 0;
+    // What waits behind the next lease, bytes: where that is refused, the neighbours are asked for both. Stands until
+    // it is set anew.
+    virtual void set_backlog(std::uint64_t) noexcept {}
     // The same for what is not KV (weights, graphs): counted in static_bytes.
     virtual Status lease_static(std::uint64_t bytes, bool ring) = 0;
     virtual void give(std::uint64_t bytes) noexcept = 0;
@@ -219,6 +223,8 @@ class Tenant {
     virtual std::uint64_t static_bytes() const noexcept { return 0; }
     virtual std::uint64_t floor() const noexcept = 0;
     virtual std::uint64_t headroom() = 0;  // bytes lease() would grant now
+    // Bytes by which what nobody has leased is less than what newcomers should find (policy::scarcity).
+    virtual std::uint64_t scarcity() { return 0; }
     // Bytes that a demand may at most be for; one for more is ignored.
     virtual std::uint64_t reachable() { return headroom(); }
     // Of the counters, those of asks are the ledger's own and not taken from here.

@@ -48,6 +48,7 @@ struct Figures {
     Bytes held = 0, unmet = 0;
     Bytes want = 0;         // live demand, if it can be met at all
     Bytes beyond = 0;       // the part of `want` beyond the own floor
+    Bytes behind = 0;       // what waits behind `want`, beyond the own floor and within the share
     Bytes owed = 0;         // of its floor, while it wants it
     Bytes reclaimable = 0;  // mapped free and cached bytes above the floor
     Bytes share = 0;
@@ -59,7 +60,7 @@ struct Figures {
 struct World {
     std::array<Figures, kMaxTenants> of;
     Bytes spare = 0;        // capacity less unmanaged, held and all unmet floors; may be negative
-    Bytes wanted = 0;       // sum of `beyond`
+    Bytes wanted = 0;       // sum of `beyond` and `behind`
     Bytes reclaimable = 0;  // of all
     Bytes coming = 0;       // held, and being given back already
     Bytes excess = 0;       // held and unmanaged bytes above the capacity, less what is coming
@@ -108,6 +109,16 @@ void fill_demand(const Snapshot &snapshot, int index, Figures &figures) noexcept
                     claim.ticket};
 }
 
+// After fill_shares() and fill_demand().
+void fill_behind(const Snapshot &snapshot, int index, Figures &figures) noexcept {
+    const Claim &claim = snapshot.claims[static_cast<std::size_t>(index)];
+    if (figures.want == 0) return;
+    const Bytes within_share = above(figures.share, signed_bytes(claim.leased) + figures.want);
+    const Bytes within_room = above(room_for(snapshot, index), figures.held + figures.want);
+    const Bytes behind = std::min({signed_bytes(claim.backlog), within_share, within_room});
+    figures.behind = above(behind, above(figures.unmet, figures.want));
+}
+
 World survey(const Snapshot &snapshot) noexcept {
     World world;
     world.spare = signed_bytes(snapshot.capacity) - signed_bytes(snapshot.unmanaged);
@@ -132,6 +143,11 @@ World survey(const Snapshot &snapshot) noexcept {
     world.excess = above(held + signed_bytes(snapshot.unmanaged), signed_bytes(snapshot.capacity) + world.coming);
     world.owed = std::min(owed, above(0, world.spare + world.coming));
     fill_shares(snapshot, world);
+    for (int i = 0; i < snapshot.count; ++i) {
+        Figures &figures = world.of[static_cast<std::size_t>(i)];
+        fill_behind(snapshot, i, figures);
+        world.wanted += figures.behind;
+    }
     return world;
 }
 
@@ -282,7 +298,7 @@ void take_as_freed(Taking &taking) noexcept {
 
 // What is asked of one tenant is at most what the others and the device lack without its own demand.
 Ask asked_of(const Taking &taking, std::size_t at) noexcept {
-    const Bytes others = taking.world.wanted - taking.world.of[at].beyond;
+    const Bytes others = taking.world.wanted - taking.world.of[at].beyond - taking.world.of[at].behind;
     bool others_wait = false;
     for (int i = 0; i < taking.snapshot.count; ++i) {
         const auto j = static_cast<std::size_t>(i);
@@ -368,6 +384,12 @@ Asks asks(const Snapshot &snapshot) noexcept {
 std::uint64_t reachable(const Snapshot &snapshot, int index) noexcept {
     const Claim &claim = snapshot.claims[static_cast<std::size_t>(index)];
     return static_cast<std::uint64_t>(above(room_for(snapshot, index), signed_bytes(claim.held())));
+}
+
+std::uint64_t scarcity(const Snapshot &snapshot, int) noexcept {
+    const World world = survey(snapshot);
+    const Bytes open = signed_bytes(snapshot.capacity / kOpenPart);
+    return static_cast<std::uint64_t>(above(open, world.spare + world.coming));
 }
 
 std::uint64_t weighted_share(const Snapshot &snapshot, int index) noexcept {

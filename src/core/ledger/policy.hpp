@@ -18,13 +18,15 @@
 // has aged: otherwise bytes would lie idle for nobody. A demand that can never fit, or exceeds its tenant's limit, is
 // ignored.
 //
-// Giving back (asks). What the live demands and all unmet floors need beyond the free bytes, and those that are being
-// given back already, is the deficit; where nobody waits, it is what held and unmanaged bytes are above the capacity:
-// processes outside elastickv have grown. It is taken, never below anybody's floor: first from mapped free pages of
-// tenants above their share, then from all other mapped free pages (both in proportion; those of a tenant that waits
-// itself and is within its share are left to it, unless somebody has waited longer than kAgeingNs), then from cached
-// pages: lower priority first; within a priority what lies above the weighted share first, the furthest above first.
-// What a tenant would have to take from itself is not asked of it: dropping its own cache is its own next choice
+// Giving back (asks). What the live demands, what waits behind them and all unmet floors need beyond the free bytes,
+// and those that are being given back already, is the deficit; where nobody waits, it is what held and unmanaged bytes
+// are above the capacity: processes outside elastickv have grown. What waits behind a demand counts as far as its
+// tenant's weighted share goes: it comes piece by piece, and memory in use is as long in coming as the requests on it
+// run, so it is asked for before it is due. The deficit is taken, never below anybody's floor: first from mapped free
+// pages of tenants above their share, then from all other mapped free pages (both in proportion; those of a tenant that
+// waits itself and is within its share are left to it, unless somebody has waited longer than kAgeingNs), then from
+// cached pages: lower priority first; within a priority what lies above the weighted share first, the furthest above
+// first. What a tenant would have to take from itself is not asked of it: dropping its own cache is its own next choice
 // anyway. Used pages are never asked back; `as_freed` tells a tenant above its share how many bytes to give back as its
 // pages become free, before it uses them again, and also one within it where outsiders have grown or a floor is owed:
 // one that is not met, of a tenant that waits, or was refused bytes within kDemandLifetimeNs and has been granted a
@@ -54,6 +56,7 @@ struct Claim {
     std::uint32_t weight = 1;
     std::int32_t priority = 0;
     std::uint64_t demand = 0;                               // refused and still wanted
+    std::uint64_t backlog = 0;                              // wanted after it, in pieces
     std::uint64_t ticket = 0;                               // order of arrival of the demand
     std::uint64_t demand_since_ns = 0, demand_seen_ns = 0;  // the latter may outlast it where the floor is not met
     std::uint64_t used = 0, cached = 0, mapped_free = 0;
@@ -92,6 +95,11 @@ std::uint64_t grantable(const Snapshot &snapshot, int index) noexcept;
 // The most bytes more that the tenant could ever be granted as things stand, if everybody gave what can be given. A
 // demand for more is ignored.
 std::uint64_t reachable(const Snapshot &snapshot, int index) noexcept;
+
+// Bytes by which those that nobody holds, and no unmet floor keeps, are less than a part of the capacity, 1 /
+// kOpenPart: then a tenant that has mapped memory it does not need gives so much of it back.
+std::uint64_t scarcity(const Snapshot &snapshot, int index) noexcept;
+inline constexpr std::uint64_t kOpenPart = 4;
 
 using Asks = std::array<Ask, kMaxTenants>;  // by index in the snapshot
 // What every tenant should give back now.

@@ -175,6 +175,7 @@ policy::Snapshot Table::snapshot(std::uint64_t capacity) {
         claim.weight = static_cast<std::uint32_t>(get(one.weight));
         claim.priority = static_cast<std::int32_t>(get(one.priority));
         claim.demand = amount(one.demand);
+        claim.backlog = amount(one.backlog);
         claim.ticket = get(one.demand_ticket);
         claim.demand_since_ns = get(one.demand_since_ns);
         claim.demand_seen_ns = get(one.demand_seen_ns);

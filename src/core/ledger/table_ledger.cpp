@@ -83,6 +83,7 @@ TenantView view_row(Row &row, int slot, std::uint64_t now) {
     claim.demand_seen_ns = get(row.demand_seen_ns);
     if (policy::demand_alive(claim, now)) {
         view.demand = claim.demand;
+        view.backlog = get(row.backlog);
         view.demand_ticket = get(row.demand_ticket);
         view.demand_age_ns = now - std::min(now, get(row.demand_since_ns));
     }

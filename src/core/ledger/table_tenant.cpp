@@ -77,7 +77,7 @@ policy::Verdict TableTenant::decide(std::uint64_t bytes, policy::Snapshot &snaps
     return policy::decide(snapshot, index, bytes);
 }
 
-Status TableTenant::take(Word &word, std::uint64_t bytes, bool ring) {
+Status TableTenant::take(Word &word, std::uint64_t bytes, bool ring, std::uint64_t backlog) {
     const Entry entry(*this);
     if (!entry.ours()) return not_ours();
     if (bytes == 0) return {};
@@ -101,9 +101,10 @@ Status TableTenant::take(Word &word, std::uint64_t bytes, bool ring) {
             return {};
         }
         if (ring && verdict != policy::Verdict::limit) {
-            record_demand(bytes, snapshot.now_ns);
+            record_demand(bytes, backlog, snapshot.now_ns);
             policy::Claim &own = snapshot.claims[static_cast<std::size_t>(index)];
             own.demand = bytes;
+            own.backlog = get(row().backlog);
             own.demand_seen_ns = snapshot.now_ns;
             own.demand_since_ns = get(row().demand_since_ns);
             own.ticket = get(row().demand_ticket);
@@ -143,7 +144,7 @@ Status TableTenant::refusal(policy::Verdict verdict, const policy::Snapshot &sna
                                    "; ask again later"};
 }
 
-void TableTenant::record_demand(std::uint64_t bytes, std::uint64_t now) noexcept {
+void TableTenant::record_demand(std::uint64_t bytes, std::uint64_t backlog, std::uint64_t now) noexcept {
     Row &own = row();
     const std::uint64_t seen = get(own.demand_seen_ns);
     if (seen == 0 || get(own.demand) == 0 || now > seen + policy::kDemandLifetimeNs) {
@@ -152,6 +153,7 @@ void TableTenant::record_demand(std::uint64_t bytes, std::uint64_t now) noexcept
         put(own.demand_since_ns, now);
     }
     put(own.demand, bytes);
+    put(own.backlog, std::min(backlog, kMaxBytes));
     own.demand_seen_ns.store(now, std::memory_order_release);
     table_.header().demanders.fetch_or(std::uint64_t{1} << slot_, std::memory_order_release);
 }
@@ -165,6 +167,7 @@ void TableTenant::withdraw_demand() noexcept {
 void TableTenant::drop_demand() noexcept {
     if (get(row().demand_seen_ns) == 0) return;
     put(row().demand, 0);
+    put(row().backlog, 0);
     // Below the floor this was only a part: others go on giving for a while, whenever they look.
     if (leased() + static_bytes() < floor()) return;
     put(row().demand_seen_ns, 0);

@@ -19,8 +19,11 @@ class TableTenant final : public Tenant {
     std::uint64_t incarnation() const noexcept override { return incarnation_; }
     const std::shared_ptr<Ledger> &ledger() const noexcept override { return owner_; }
 
-    Status lease(std::uint64_t bytes, bool ring) override { return take(row().leased, bytes, ring); }
-    Status lease_static(std::uint64_t bytes, bool ring) override { return take(row().static_bytes, bytes, ring); }
+    Status lease(std::uint64_t bytes, bool ring) override {
+        return take(row().leased, bytes, ring, backlog_.load(std::memory_order_relaxed));
+    }
+    Status lease_static(std::uint64_t bytes, bool ring) override { return take(row().static_bytes, bytes, ring, 0); }
+    void set_backlog(std::uint64_t bytes) noexcept override { backlog_.store(bytes, std::memory_order_relaxed); }
     void give(std::uint64_t bytes) noexcept override { give_back(row().leased, bytes); }
     void give_static(std::uint64_t bytes) noexcept override { give_back(row().static_bytes, bytes); }
     void withdraw_demand() noexcept override;
@@ -47,6 +50,7 @@ class TableTenant final : public Tenant {
     std::uint64_t floor() const noexcept override;
     std::uint64_t headroom() override { return by_policy(policy::grantable); }
     std::uint64_t reachable() override { return by_policy(policy::reachable); }
+    std::uint64_t scarcity() override { return by_policy(policy::scarcity); }
     void publish(const Usage &usage, const Counters &counters) noexcept override;
     void add_mapped(std::int64_t bytes) noexcept override;
     void publish_static_used(std::uint64_t bytes) noexcept override;
@@ -74,10 +78,10 @@ class TableTenant final : public Tenant {
     Status not_ours() const;
     bool excess() noexcept;
     void drop_demand() noexcept;
-    Status take(Word &word, std::uint64_t bytes, bool ring);
+    Status take(Word &word, std::uint64_t bytes, bool ring, std::uint64_t backlog);
     void give_back(Word &word, std::uint64_t bytes) noexcept;
     policy::Verdict decide(std::uint64_t bytes, policy::Snapshot &snapshot, std::uint64_t capacity, int &index);
-    void record_demand(std::uint64_t bytes, std::uint64_t now) noexcept;
+    void record_demand(std::uint64_t bytes, std::uint64_t backlog, std::uint64_t now) noexcept;
     void note_asks(const policy::Snapshot &snapshot) noexcept;
     void ring_others(const policy::Snapshot &snapshot) noexcept;
     Status refusal(policy::Verdict verdict, const policy::Snapshot &snapshot, std::uint64_t bytes) const;
@@ -93,6 +97,7 @@ class TableTenant final : public Tenant {
     std::atomic<int> inside_{0};
     std::atomic<std::uint64_t> excess_again_ns_{0};  // when to look again whether the device is over its capacity
     std::atomic<bool> excess_{false};
+    std::atomic<std::uint64_t> backlog_{0};  // of this process; on the row while a lease is refused
 };
 
 }  // namespace elastickv::ledger

@@ -27,6 +27,10 @@ void Leases::withdraw() noexcept {
     for (auto &share : shares_) share.tenant->withdraw_demand();
 }
 
+void Leases::set_backlog(std::uint64_t pages) noexcept {
+    for (auto &share : shares_) share.tenant->set_backlog(pages * share.page_cost);
+}
+
 std::uint64_t Leases::reachable() {
     std::uint64_t pages = ~std::uint64_t{0};
     for (auto &share : shares_) pages = std::min(pages, share.tenant->reachable() / share.page_cost);
@@ -36,6 +40,12 @@ std::uint64_t Leases::reachable() {
 std::uint64_t Leases::headroom() {
     std::uint64_t pages = ~std::uint64_t{0};
     for (auto &share : shares_) pages = std::min(pages, share.tenant->headroom() / share.page_cost);
+    return pages;
+}
+
+std::uint64_t Leases::scarcity() {
+    std::uint64_t pages = 0;
+    for (auto &share : shares_) pages = std::max(pages, pages_up(share.tenant->scarcity(), share.page_cost));
     return pages;
 }
 

@@ -33,8 +33,10 @@ class Leases {
     Status lease(std::uint64_t pages, bool ring);
     void give(std::uint64_t pages) noexcept;
     void withdraw() noexcept;
-    std::uint64_t headroom();   // pages lease() would grant now
-    std::uint64_t reachable();  // pages that a demand may at most be for
+    void set_backlog(std::uint64_t pages) noexcept;  // what waits behind the next lease
+    std::uint64_t headroom();                        // pages lease() would grant now
+    std::uint64_t reachable();                       // pages that a demand may at most be for
+    std::uint64_t scarcity();  // pages by which the least unleased memory of a device is under what should be
     std::uint64_t floor_pages() const noexcept;
     PageAsk ask();
     bool pressed() const noexcept;

@@ -60,6 +60,8 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
             block.prev_free_block = block.next_free_block = None
         self._budget_blocks = budget_blocks
         self._asking = Asking(native)
+        self.blocks_per_token = 0.0
+        """Of the request that was refused last."""
 
     # --- allocation
 

@@ -7,6 +7,7 @@ KVCacheManager it makes.
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
@@ -21,12 +22,15 @@ from elastickv.errors import EngineRefused
 if TYPE_CHECKING:
     from elastickv.engines.vllm.session import Session
 
-__all__ = ["TICKET", "attach", "managed", "publish_events", "throttle"]
+__all__ = ["TICKET", "announce", "attach", "managed", "publish_events", "throttle"]
 
 TICKET: Final = "elastickv_ticket"
 """The attribute of a SchedulerOutput that carries the newest order to unmap. Absent: nothing new."""
 
 _STARVED_WAIT_US: Final = 10_000
+
+_QUEUE_SEEN: Final = 256
+"""Of the requests that wait, those that are counted: enough for a neighbour to begin to give back."""
 
 
 def managed(base: type, find: Callable[[Any], Session]) -> type:
@@ -62,16 +66,18 @@ def attach(scheduler: Any, native: Any, budget_blocks: Callable[[], int], waterm
     manager.watermark_blocks = int(watermark * budget_blocks())
     coordinator = manager.coordinator
     allocate, count = manager.allocate_slots, coordinator.get_num_blocks_to_allocate
-    spare = 0
+    spare = tokens = 0
     patient = True
 
     @functools.wraps(allocate)
-    def allocate_slots(request: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal spare, patient
+    def allocate_slots(request: Any, num_new_tokens: int, *args: Any, **kwargs: Any) -> Any:
+        nonlocal spare, tokens, patient
+        whole = kwargs.get("full_sequence_must_fit", False)
+        tokens = request.num_tokens - request.num_computed_tokens if whole else num_new_tokens
         spare = kwargs.get("reserved_blocks", 0) + manager.watermark_blocks
         # Waiting is worth it where the alternative is to preempt, and costs nothing where nothing else runs.
         patient = request.status == RequestStatus.RUNNING or not scheduler.running
-        return allocate(request, *args, **kwargs)
+        return allocate(request, num_new_tokens, *args, **kwargs)
 
     @functools.wraps(count)
     def get_num_blocks_to_allocate(*args: Any, **kwargs: Any) -> int:
@@ -79,11 +85,27 @@ def attach(scheduler: Any, native: Any, budget_blocks: Callable[[], int], waterm
         needed: int = count(*args, **kwargs)
         if needed:
             pool.ensure(needed + spare, patient=patient)
+            if pool.starved:
+                pool.blocks_per_token = needed / max(1, tokens)
         return needed
 
     manager.allocate_slots = allocate_slots
     coordinator.get_num_blocks_to_allocate = get_num_blocks_to_allocate
     return pool
+
+
+def announce(scheduler: Any, pool: ElasticBlockPool) -> None:
+    """Before a step: how many blocks the waiting requests would take, if the last one that asked was refused.
+
+    An estimate: a prefix that is found in the cache takes none.
+    """
+    if not pool.starved:
+        pool.native.set_backlog(0)
+        return
+    room = min(_QUEUE_SEEN, scheduler.max_num_running_reqs - len(scheduler.running))
+    waiting = itertools.islice(scheduler.waiting, max(0, room))
+    tokens = sum(max(0, request.num_tokens - request.num_computed_tokens) for request in waiting)
+    pool.native.set_backlog(int(tokens * pool.blocks_per_token))
 
 
 def throttle(scheduler: Any, output: Any, pool: ElasticBlockPool) -> None:

@@ -256,6 +256,8 @@ class Session:
         if pool is not None and pool.native.attention():
             pool.forget(pool.native.maintain(False))
             preempt.enforce(self.scheduler, pool)
+        if pool is not None:
+            scheduler.announce(self.scheduler, pool)
 
     def after_step(self, output: Any) -> None:
         """Puts the newest order on the step, and slows a starved engine down."""
