@@ -1,6 +1,6 @@
 """The bursts of engine/burst.py without a model: does the sharing policy hold when all that there is is wanted?
 
-    python benchmarks/sharing/bursts.py [--peaks 18,28,32,36]
+    python benchmarks/sharing/bursts.py [--peaks 18,28,36]
 
 Three processes schedule as vLLM does: they admit what fits, each running request takes a block for every 16 tokens, and
 the youngest is preempted where there is none. Their blocks are a real pool's, on the host; what a step would take on a
@@ -313,7 +313,7 @@ def main() -> int:
         work(side, place, int(number))
         return 0
     parser = common.parser(__doc__)
-    parser.add_argument("--peaks", default="18,28,32,36", help="requests a second, by commas (18,28,32,36)")
+    parser.add_argument("--peaks", default="18,28,36", help="requests a second, by commas (18,28,36)")
     parser.add_argument("--sides", default="without,with", help="to run only one of them")
     chosen = parser.parse_args()
     os.environ.pop("ELASTICKV_CONFIG", None)

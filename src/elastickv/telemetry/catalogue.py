@@ -71,6 +71,7 @@ METRICS: Final[tuple[Metric, ...]] = (
     _gauge("weight", "The tenant's weight when memory is short."),
     _gauge("priority", "The tenant's priority: a higher one keeps its cache longer."),
     _gauge("demand_bytes", "Bytes asked for, refused and still waited for."),
+    _gauge("backlog_bytes", "Bytes that the engine would take after these: requests that wait behind."),
     _gauge("demand_age_seconds", "For how long they have been waited for."),
     _counter("lease_misses", "Allocations that found no memory to lease at first."),
     _counter("evicted_blocks", "Cached blocks dropped, by cause.", (*TENANT, "cause")),

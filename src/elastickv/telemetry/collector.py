@@ -109,6 +109,7 @@ def _add_tenant(families: _Families, device: str, tenant: TenantView) -> None:
     families.gauge("weight", labels, tenant.weight)
     families.gauge("priority", labels, tenant.priority)
     families.gauge("demand_bytes", labels, tenant.demand)
+    families.gauge("backlog_bytes", labels, tenant.backlog)
     families.gauge("demand_age_seconds", labels, tenant.demand_age_ns / 1e9)
     counters, measured = tenant.counters, tenant.histograms
     families.counter("lease_misses", labels, counters.misses)
