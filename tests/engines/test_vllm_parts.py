@@ -137,6 +137,8 @@ def test_what_waits_is_announced_once_a_request_was_refused(cache: tuple[Cache, 
     assert announced() == 0  # nothing was refused
     assert made.kv_cache_manager.allocate_slots(request(1), 16) is None
     assert announced() == 7 * 4  # of 64 tokens, and no more than may run
+    assert made.kv_cache_manager.allocate_slots(request(1, "RUNNING"), 1) is None
+    assert announced() == 7 * 4  # a block for its next token says nothing of those that wait
     made.max_num_running_reqs = 1000
     assert announced() == 256 * 4
     made.running = [request(1, "RUNNING")] * 1000

@@ -61,7 +61,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
         self._budget_blocks = budget_blocks
         self._asking = Asking(native)
         self.blocks_per_token = 0.0
-        """Of the request that was refused last."""
+        """Of the waiting request that was refused last."""
 
     # --- allocation
 

@@ -72,11 +72,13 @@ def attach(scheduler: Any, native: Any, budget_blocks: Callable[[], int], waterm
     @functools.wraps(allocate)
     def allocate_slots(request: Any, num_new_tokens: int, *args: Any, **kwargs: Any) -> Any:
         nonlocal spare, tokens, patient
+        spare = kwargs.get("reserved_blocks", 0) + manager.watermark_blocks
+        runs = request.status == RequestStatus.RUNNING
         whole = kwargs.get("full_sequence_must_fit", False)
         tokens = request.num_tokens - request.num_computed_tokens if whole else num_new_tokens
-        spare = kwargs.get("reserved_blocks", 0) + manager.watermark_blocks
+        tokens = 0 if runs else tokens  # a running request takes a block for its next token
         # Waiting is worth it where the alternative is to preempt, and costs nothing where nothing else runs.
-        patient = request.status == RequestStatus.RUNNING or not scheduler.running
+        patient = runs or not scheduler.running
         return allocate(request, num_new_tokens, *args, **kwargs)
 
     @functools.wraps(count)
@@ -85,8 +87,8 @@ def attach(scheduler: Any, native: Any, budget_blocks: Callable[[], int], waterm
         needed: int = count(*args, **kwargs)
         if needed:
             pool.ensure(needed + spare, patient=patient)
-            if pool.starved:
-                pool.blocks_per_token = needed / max(1, tokens)
+            if pool.starved and tokens:
+                pool.blocks_per_token = needed / tokens
         return needed
 
     manager.allocate_slots = allocate_slots
