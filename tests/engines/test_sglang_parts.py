@@ -12,6 +12,7 @@ import pytest
 
 from elastickv.engines import adapter
 from elastickv.engines.sglang import gate, releases, retract
+from elastickv.engines.sglang.queue import queued_tokens
 from elastickv.errors import EngineRefused
 
 torch = pytest.importorskip("torch")
@@ -188,3 +189,9 @@ def test_a_cache_of_a_class_that_the_release_chose_becomes_elastic(monkeypatch: 
     assert adopted.protected_size() == 15
     with pytest.raises(EngineRefused, match=r"cannot manage the prefix cache .*Base; unset"):
         tree.adopt(Base(), lambda: 0)
+
+
+def test_the_queue_behind_the_request_that_asks_is_counted() -> None:
+    waiting = SimpleNamespace(origin_input_ids=[0] * 40, output_ids=[0] * 10)
+    assert [queued_tokens([waiting] * count) for count in (0, 1, 4)] == [0, 0, 150]
+    assert queued_tokens([waiting] * 1000) == 256 * 50

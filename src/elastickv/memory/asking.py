@@ -7,7 +7,10 @@ from typing import Final
 
 from elastickv._core import Pool
 
-__all__ = ["Asking"]
+__all__ = ["QUEUE_SEEN", "Asking"]
+
+QUEUE_SEEN: Final = 256
+"""Of the requests that wait behind a refused one, those that are counted: enough for neighbours to begin to give."""
 
 _RING_EVERY_S: Final = 0.05
 """A demand on the ledger lapses 0.1 s after its last refresh (ledger/policy.hpp)."""

@@ -17,6 +17,7 @@ from elastickv.engines.sglang.channel import Channel
 from elastickv.engines.sglang.holdings import Holdings
 from elastickv.engines.sglang.layout import Rows
 from elastickv.engines.sglang.occupation import Occupation
+from elastickv.engines.sglang.queue import queued_tokens
 from elastickv.engines.sglang.ration import Ration
 from elastickv.engines.sglang.release import Release
 from elastickv.errors import EngineRefused, Unavailable
@@ -161,7 +162,11 @@ class Session:
                 _logger.warning("elastickv waits for its neighbours: %s", error)
 
     def _ask(self, blocks: int, patient: bool) -> None:
-        self._need(self._asking).ensure(blocks, patient=patient)
+        asking = self._need(self._asking)
+        # A queue is counted only where it does not move: then the neighbours are asked for all of it.
+        queued = queued_tokens(self.scheduler.waiting_queue) if asking.starved else 0
+        self._need(self.cache).pool.set_backlog(queued // self._need(self._rows).page_tokens)
+        asking.ensure(blocks, patient=patient)
 
     def adopt_allocator(self, allocator: Any) -> Any:
         """SGLang's allocator, elastic."""

@@ -18,6 +18,7 @@ from vllm.v1.request import RequestStatus
 
 from elastickv.engines.vllm.blockpool import ElasticBlockPool, adopt
 from elastickv.errors import EngineRefused
+from elastickv.memory.asking import QUEUE_SEEN
 
 if TYPE_CHECKING:
     from elastickv.engines.vllm.session import Session
@@ -28,9 +29,6 @@ TICKET: Final = "elastickv_ticket"
 """The attribute of a SchedulerOutput that carries the newest order to unmap. Absent: nothing new."""
 
 _STARVED_WAIT_US: Final = 10_000
-
-_QUEUE_SEEN: Final = 256
-"""Of the requests that wait, those that are counted: enough for a neighbour to begin to give back."""
 
 
 def managed(base: type, find: Callable[[Any], Session]) -> type:
@@ -104,7 +102,7 @@ def announce(scheduler: Any, pool: ElasticBlockPool) -> None:
     if not pool.starved:
         pool.native.set_backlog(0)
         return
-    room = min(_QUEUE_SEEN, scheduler.max_num_running_reqs - len(scheduler.running))
+    room = min(QUEUE_SEEN, scheduler.max_num_running_reqs - len(scheduler.running))
     waiting = itertools.islice(scheduler.waiting, max(0, room))
     tokens = sum(max(0, request.num_tokens - request.num_computed_tokens) for request in waiting)
     pool.native.set_backlog(int(tokens * pool.blocks_per_token))
