@@ -130,6 +130,21 @@ def test_sleep_is_refused_where_it_cannot_be_measured(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.json"))
 
 
+def test_bursts_without_a_model(tmp_path: Path) -> None:
+    """Peaks of 2 requests/s: every engine answers all of its own, from memory that it had leased."""
+    done = run(*(sys.executable, str(ROOT / "benchmarks/sharing/bursts.py"), "--peaks", "2", "--output", str(tmp_path)))
+    assert done.returncode == 0, done.stdout
+    samples = read(tmp_path / "bursts.json")["samples"]
+    for side in ("with", "without"):
+        assert [len(part["ttft"]) for part in samples[f"peak 2, {side}"]] == [4, 4, 4]
+        assert all(0 < wait < 5 for part in samples[f"peak 2, {side}"] for wait in part["ttft"])
+    memory = samples["memory, peak 2"]
+    for number in range(3):
+        row = memory[f"engine-{number}"]
+        assert max(row["used"]) >= 16
+        assert all(used <= held for held, used in zip(row["held"], row["used"], strict=True))
+
+
 def test_what_does_not_fit_in_the_time_is_said(tmp_path: Path) -> None:
     words = ["--minutes", "0.01", "--device", "host", "--only", "growth,burst", "--output", str(tmp_path)]
     done = run(sys.executable, str(ROOT / "benchmarks/suite.py"), *words)
