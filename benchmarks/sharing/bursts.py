@@ -60,7 +60,7 @@ def step_seconds(running: int, prefilled: int) -> tuple[float, float]:
 class Blocks(Protocol):
     """Where a scheduler's blocks come from."""
 
-    def take(self, count: int, patient: bool) -> list[int] | None: ...
+    def take(self, count: int, patient: bool, growing: bool = False) -> list[int] | None: ...
     def free(self, ids: Sequence[int]) -> None: ...
     def between_steps(self, idle: bool) -> None: ...
     def starve(self) -> None: ...
@@ -73,7 +73,7 @@ class Fixed:
     def __init__(self, count: int) -> None:
         self._left = count
 
-    def take(self, count: int, patient: bool) -> list[int] | None:
+    def take(self, count: int, patient: bool, growing: bool = False) -> list[int] | None:
         if count > self._left:
             return None
         self._left -= count
@@ -110,8 +110,8 @@ class Shared:
         self._pool = self._hand.pool
         self._asking = Asking(self._pool)
 
-    def take(self, count: int, patient: bool) -> list[int] | None:
-        self._asking.ensure(count, patient=patient)
+    def take(self, count: int, patient: bool, growing: bool = False) -> list[int] | None:
+        self._asking.ensure(count, patient=patient, growing=growing)
         if self._pool.num_available() < count:
             return None
         ids: list[int] = self._pool.take(count)[0]
@@ -219,7 +219,7 @@ class Scheduler:
     def grow(self, request: Request) -> None:
         """A block for the next token, if it begins one; where there is none, who came last gives its own up."""
         while request.length >= len(request.ids) * BLOCK_TOKENS:
-            ids = self.blocks.take(1, patient=True)
+            ids = self.blocks.take(1, patient=True, growing=True)
             if ids is not None:
                 request.ids += ids
                 return

@@ -28,9 +28,9 @@ std::shared_ptr<Pool> make_pool(std::shared_ptr<PageTable> table, const std::vec
     return unwrap(without_gil([&] { return Pool::make(std::move(table), std::move(leases), options); }));
 }
 
-std::uint32_t ensure(Pool &pool, std::uint32_t n, bool patient) {
+std::uint32_t ensure(Pool &pool, std::uint32_t n, bool patient, bool growing) {
     if (pool.ensure_fast(n)) return pool.available();
-    return without_gil([&] { return pool.ensure(n, patient); });
+    return without_gil([&] { return pool.ensure(n, patient, growing); });
 }
 
 nb::tuple take(Pool &pool, std::uint32_t n) {
@@ -150,9 +150,10 @@ void bind_page_table(nb::module_ &module) {
 }
 
 void bind_block_operations(nb::class_<Pool> &pool) {
-    pool.def("ensure", &ensure, nb::arg("n"), nb::arg("patient") = true,
+    pool.def("ensure", &ensure, nb::arg("n"), nb::arg("patient") = true, nb::arg("growing") = false,
              "Tries to have n blocks available; grows before it counts the cache. Returns the blocks available now. "
-             "Not patient: asks the neighbours too, and does not wait for them.")
+             "Not patient: asks the neighbours too, and does not wait for them. Growing: for requests that run already; "
+             "blocks that are withheld for neighbours are handed out before one would have to be stopped.")
         .def("set_backlog", &Pool::set_backlog, nb::arg("blocks"),
              "How many blocks the engine would take after the next ensure(): requests that wait. Where ensure() is "
              "refused, the neighbours are asked for both. Stands until it is set anew.")

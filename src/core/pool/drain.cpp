@@ -74,4 +74,10 @@ void Pool::drain(std::uint64_t pages, std::vector<std::uint32_t> &evicted) {
     }
 }
 
+// No request that runs is stopped for a neighbour: its next block may be one that was withheld.
+void Pool::stop_draining(std::uint32_t blocks) noexcept {
+    while (free_blocks_.count() < blocks && withheld_ != 0 && draining_.count() != 0)
+        set_draining(static_cast<std::uint32_t>(draining_.first()), false);
+}
+
 }  // namespace elastickv

@@ -284,9 +284,10 @@ void Pool::set_backlog(std::uint64_t blocks) noexcept {
         std::min<std::uint64_t>(pages_for(std::min<std::uint64_t>(blocks, options_.num_blocks)), num_pages_));
 }
 
-std::uint32_t Pool::ensure(std::uint32_t n, bool patient) {
+std::uint32_t Pool::ensure(std::uint32_t n, bool patient, bool growing) {
     if (origin_.elsewhere()) return 0;
     std::unique_lock lock(mutex_);
+    if (growing) stop_draining(n);
     return ensure_locked(n, patient, lock);
 }
 

@@ -62,8 +62,9 @@ class Pool {
 
     // Has `n` blocks available if it can: maps more under a lease, else counts the own cache, else asks the
     // neighbours and waits give_back_wait. Returns the blocks available now (mapped free + cached); never fails.
-    // Not `patient`: asks the neighbours too, and does not wait for them.
-    std::uint32_t ensure(std::uint32_t n, bool patient = true);
+    // Not `patient`: asks the neighbours too, and does not wait for them. `growing`: for requests that run already;
+    // before such a one would have to be stopped, blocks that are withheld for neighbours are handed out.
+    std::uint32_t ensure(std::uint32_t n, bool patient = true, bool growing = false);
     // The same where it needs no waiting: true when `n` mapped free blocks are there already.
     bool ensure_fast(std::uint32_t n);
     // How many blocks the engine would take after the next ensure(): requests that wait. Where ensure() is refused, the
@@ -239,6 +240,7 @@ class Pool {
     bool on_draining(std::uint32_t block) const noexcept;
     void set_draining(std::uint32_t head, bool draining) noexcept;
     void drain(std::uint64_t pages, std::vector<std::uint32_t> &evicted);
+    void stop_draining(std::uint32_t blocks) noexcept;
 
     // lent (lent.cpp)
     bool cache_is_due(std::uint64_t now) const noexcept;

@@ -34,8 +34,9 @@ class Asking:
         self._wait_again = 0.0
         self._pause = _PAUSE_S[0]
 
-    def ensure(self, num_blocks: int, *, patient: bool) -> None:
-        """Has `num_blocks` blocks available if it can. A patient call may wait for the neighbours (give_back_wait).
+    def ensure(self, num_blocks: int, *, patient: bool, growing: bool = False) -> None:
+        """Has `num_blocks` blocks available if it can. A patient call may wait for the neighbours (give_back_wait). One
+        for a request that runs already (`growing`) may take what is withheld for them.
 
         Waiting costs the requests that run, so a wait that gained nothing is not repeated soon. Nor is an impatient
         call that was refused a moment ago, unless somebody has freed memory since or its demand would lapse.
@@ -43,10 +44,10 @@ class Asking:
         pool = self._pool
         began = time.monotonic()
         patient = patient and began >= self._wait_again
-        if self.starved and not patient and began < self._ring_again and pool.freed_word() == self._freed_seen:
+        if self.starved and not patient and not growing and began < self._ring_again and pool.freed_word() == self._freed_seen:
             return
         self._freed_seen = pool.freed_word()
-        self.starved = pool.ensure(num_blocks, patient) < num_blocks
+        self.starved = pool.ensure(num_blocks, patient, growing) < num_blocks
         if self.starved:
             self._ring_again = began + _RING_EVERY_S
             if patient:

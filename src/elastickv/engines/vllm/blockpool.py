@@ -70,9 +70,9 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
         """Whether the last ensure() found fewer blocks than it was asked for."""
         return self._asking.starved
 
-    def ensure(self, num_blocks: int, *, patient: bool) -> None:
+    def ensure(self, num_blocks: int, *, patient: bool, growing: bool = False) -> None:
         """Has `num_blocks` blocks available if it can. A patient call may wait for the neighbours (give_back_wait)."""
-        self._asking.ensure(num_blocks, patient=patient)
+        self._asking.ensure(num_blocks, patient=patient, growing=growing)
 
     def get_new_blocks(self, num_blocks: int) -> list[Any]:
         """Takes blocks; what they cached is forgotten. ValueError, as vLLM's, if the caller did not check first."""

@@ -65,11 +65,11 @@ def attach(scheduler: Any, native: Any, budget_blocks: Callable[[], int], waterm
     coordinator = manager.coordinator
     allocate, count = manager.allocate_slots, coordinator.get_num_blocks_to_allocate
     spare = tokens = 0
-    patient = True
+    patient = runs = True
 
     @functools.wraps(allocate)
     def allocate_slots(request: Any, num_new_tokens: int, *args: Any, **kwargs: Any) -> Any:
-        nonlocal spare, tokens, patient
+        nonlocal spare, tokens, patient, runs
         spare = kwargs.get("reserved_blocks", 0) + manager.watermark_blocks
         runs = request.status == RequestStatus.RUNNING
         whole = kwargs.get("full_sequence_must_fit", False)
@@ -84,7 +84,7 @@ def attach(scheduler: Any, native: Any, budget_blocks: Callable[[], int], waterm
         # Called right before both of vLLM's checks of the number of free blocks, with the exact need.
         needed: int = count(*args, **kwargs)
         if needed:
-            pool.ensure(needed + spare, patient=patient)
+            pool.ensure(needed + spare, patient=patient, growing=runs)
             if pool.starved and tokens:
                 pool.blocks_per_token = needed / tokens
         return needed
