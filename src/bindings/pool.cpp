@@ -150,13 +150,16 @@ void bind_page_table(nb::module_ &module) {
 }
 
 void bind_block_operations(nb::class_<Pool> &pool) {
-    pool.def("ensure", &ensure, nb::arg("n"), nb::arg("patient") = true, nb::arg("growing") = false,
-             "Tries to have n blocks available; grows before it counts the cache. Returns the blocks available now. "
-             "Not patient: asks the neighbours too, and does not wait for them. Growing: for requests that run already; "
-             "blocks that are withheld for neighbours are handed out before one would have to be stopped.")
+    pool.def(
+            "ensure", &ensure, nb::arg("n"), nb::arg("patient") = true, nb::arg("growing") = false,
+            "Tries to have n blocks available; grows before it counts the cache. Returns the blocks available now. "
+            "Not patient: asks the neighbours too, and does not wait for them. Growing: for requests that run already; "
+            "blocks that are withheld for neighbours are handed out before one would have to be stopped.")
         .def("set_backlog", &Pool::set_backlog, nb::arg("blocks"),
              "How many blocks the engine would take after the next ensure(): requests that wait. Where ensure() is "
              "refused, the neighbours are asked for both. Stands until it is set anew.")
+        .def("set_reserve", &Pool::set_reserve, nb::arg("blocks"),
+             "How many free blocks requests that run will take within a few steps: they are not given to neighbours.")
         .def("take", &take, nb::arg("n"), nb::sig("def take(self, n: int) -> tuple[list[int], int]"),
              "(ids, evicted): the last `evicted` ids were cached, oldest first.")
         .def("alloc", &alloc, nb::arg("n"), nb::sig("def alloc(self, n: int) -> tuple[list[int], int] | None"),

@@ -44,7 +44,8 @@ class Asking:
         pool = self._pool
         began = time.monotonic()
         patient = patient and began >= self._wait_again
-        if self.starved and not patient and not growing and began < self._ring_again and pool.freed_word() == self._freed_seen:
+        again = self.starved and not patient and not growing
+        if again and began < self._ring_again and pool.freed_word() == self._freed_seen:
             return
         self._freed_seen = pool.freed_word()
         self.starved = pool.ensure(num_blocks, patient, growing) < num_blocks

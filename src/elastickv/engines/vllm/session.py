@@ -253,11 +253,12 @@ class Session:
     def before_step(self) -> None:
         """Does what neighbours and limits ask; cheap when they ask nothing."""
         pool = self.pool
-        if pool is not None and pool.native.attention():
+        if pool is None:
+            return
+        scheduler.announce(self.scheduler, pool)
+        if pool.native.attention():
             pool.forget(pool.native.maintain(False))
             preempt.enforce(self.scheduler, pool)
-        if pool is not None:
-            scheduler.announce(self.scheduler, pool)
 
     def after_step(self, output: Any) -> None:
         """Puts the newest order on the step, and slows a starved engine down."""
