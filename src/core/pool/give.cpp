@@ -188,6 +188,7 @@ std::vector<std::uint32_t> Pool::maintain(bool idle) {
 
 std::vector<std::uint32_t> Pool::maintain_locked(bool idle, std::uint64_t *given_pages) {
     std::vector<std::uint32_t> evicted;
+    if (idle) set_reserve(0);  // nothing runs: what was said before the last step is not true any more
     poll_locked();
     const std::uint64_t now = monotonic_ns();
     publish();  // what is asked of us depends on what we say we hold
