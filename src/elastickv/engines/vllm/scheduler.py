@@ -30,9 +30,6 @@ TICKET: Final = "elastickv_ticket"
 
 _STARVED_WAIT_US: Final = 10_000
 
-_RESERVE_PART: Final = 4
-"""Of the running requests, one in so many takes a block within the steps that giving memory back takes."""
-
 
 def managed(base: type, find: Callable[[Any], Session]) -> type:
     """A subclass of the scheduler class `base` whose instances belong to the session that `find` names."""
@@ -98,12 +95,10 @@ def attach(scheduler: Any, native: Any, budget_blocks: Callable[[], int], waterm
 
 
 def announce(scheduler: Any, pool: ElasticBlockPool) -> None:
-    """Before a step: how many blocks the waiting requests would take, if the last one that asked was refused, and how
-    many free ones the running requests need.
+    """Before a step: how many blocks the waiting requests would take, if the last one that asked was refused.
 
-    Estimates: a prefix that is found in the cache takes none, and a running request a block in every 16 steps or so.
+    An estimate: a prefix that is found in the cache takes none.
     """
-    pool.native.set_reserve(len(scheduler.running) // _RESERVE_PART)
     if not pool.starved:
         pool.native.set_backlog(0)
         return
