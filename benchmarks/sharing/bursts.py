@@ -65,7 +65,6 @@ class Blocks(Protocol):
     def between_steps(self, idle: bool) -> None: ...
     def starve(self) -> None: ...
     def backlog(self, blocks: int) -> None: ...
-    def reserve(self, blocks: int) -> None: ...
 
 
 class Fixed:
@@ -90,9 +89,6 @@ class Fixed:
         time.sleep(STARVED_US / 1e6)
 
     def backlog(self, blocks: int) -> None:
-        pass
-
-    def reserve(self, blocks: int) -> None:
         pass
 
 
@@ -134,9 +130,6 @@ class Shared:
 
     def backlog(self, blocks: int) -> None:
         self._pool.set_backlog(blocks)
-
-    def reserve(self, blocks: int) -> None:
-        self._pool.set_reserve(blocks)
 
 
 @dataclass(eq=False)
@@ -191,7 +184,6 @@ class Scheduler:
             while todo and todo[0].arrival <= now:
                 self.waiting.append(todo.popleft())
             idle = not self.waiting and not self.running
-            self.blocks.reserve(len(self.running) // 4)
             self.blocks.between_steps(idle)
             if idle:
                 self.device.use(0.0)

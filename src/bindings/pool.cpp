@@ -158,8 +158,6 @@ void bind_block_operations(nb::class_<Pool> &pool) {
         .def("set_backlog", &Pool::set_backlog, nb::arg("blocks"),
              "How many blocks the engine would take after the next ensure(): requests that wait. Where ensure() is "
              "refused, the neighbours are asked for both. Stands until it is set anew.")
-        .def("set_reserve", &Pool::set_reserve, nb::arg("blocks"),
-             "How many free blocks requests that run will take within a few steps: they are not given to neighbours.")
         .def("take", &take, nb::arg("n"), nb::sig("def take(self, n: int) -> tuple[list[int], int]"),
              "(ids, evicted): the last `evicted` ids were cached, oldest first.")
         .def("alloc", &alloc, nb::arg("n"), nb::sig("def alloc(self, n: int) -> tuple[list[int], int] | None"),

@@ -102,7 +102,7 @@ TEST("pool: an ask that vanishes between two steps does not let a drain begin an
     expect_all_back(*engine.world.pool);
 }
 
-TEST("pool: no request that runs is stopped for a neighbour: withheld blocks, and a reserve of free ones") {
+TEST("pool: no request that runs is stopped for a neighbour while blocks are withheld") {
     Engine engine(busy(), 540);
     Pool &pool = *engine.world.pool;
     const std::vector<std::uint32_t> ended(engine.used.begin(), engine.used.begin() + 100);
@@ -117,27 +117,6 @@ TEST("pool: no request that runs is stopped for a neighbour: withheld blocks, an
     CHECK_EQ(pool.ensure(wanted, false, true), wanted);
     CHECK_EQ(pool.stats().withheld, 0U);
     CHECK_OK(pool.check_integrity());
-}
-
-TEST("pool: free blocks that are reserved for requests that run are not given to neighbours") {
-    Shape shape;
-    shape.block_bytes = shape.page_bytes;
-    World world(shape);
-    CHECK_OK(world.pool->release(world.alloc(50), false));
-    const auto all = world.tenant->leased() / world.page_cost;
-    world.pool->set_reserve(20);
-    world.tenant->set_asked({1000 * world.page_cost, 0, 0, 0, 0, false});
-    world.pool->maintain(false);
-    world.step();
-    world.settle();
-    CHECK_EQ(world.tenant->leased() / world.page_cost, all - 30);
-    world.pool->set_reserve(0);
-    world.tenant->set_asked({1000 * world.page_cost, 0, 0, 0, 0, false});
-    world.pool->maintain(false);
-    world.step();
-    world.settle();
-    CHECK_EQ(world.tenant->leased() / world.page_cost, all - 50);
-    CHECK_OK(world.pool->check_integrity());
 }
 
 TEST("pool: withheld blocks come back when nobody waits any more") {

@@ -105,14 +105,6 @@ void Pool::ordered(std::uint64_t given, std::uint64_t ticket, std::uint64_t now)
 // Evicts nothing.
 // The pause that attention() keeps after a maintain() that gave nothing does not count here: blocks that were freed
 // since would be used again before anybody looked.
-// What neighbours may have of the free blocks: those that requests that run are about to take are not among them, or
-// one of these would have to be stopped.
-std::uint64_t Pool::spare_pages() const noexcept {
-    const std::uint64_t reserve = reserve_.load(std::memory_order_relaxed), free = free_blocks_.count();
-    if (reserve == 0) return num_pages_;
-    return free > reserve ? (free - reserve) * options_.block_bytes / options_.page_bytes : 0;
-}
-
 bool Pool::free_is_due() noexcept {
     return empty_extents_.count() != 0 && (above_limit_.load(std::memory_order_relaxed) || leases_.pressed()) &&
            monotonic_ns() >= unasked_until_ns_;
@@ -125,7 +117,7 @@ void Pool::answer_with_free() {
     const std::uint64_t ticket = table_->header().ticket.load(std::memory_order_relaxed) + 1;
     std::uint64_t given = give_free(over_limit(false), 0, ticket);
     const std::uint64_t lent = leases_.pressed() ? leases_.ask().free : 0;
-    if (given < lent) given += give_free(std::min(lent - given, spare_pages()), leases_.floor_pages(), ticket);
+    if (given < lent) given += give_free(lent - given, leases_.floor_pages(), ticket);
     if (lent == 0 && given == 0) unasked_until_ns_ = now + kMaintainPauseNs;
     if (given != 0) ordered(given, ticket, now);
 }
@@ -145,7 +137,7 @@ Pool::Given Pool::give_asked(std::uint64_t floor, std::uint64_t ticket, std::vec
     if (given < over) given += evict(over - given, 0, counters_.evicted_limit);
     const PageAsk ask = leases_.pressed() ? leases_.ask() : PageAsk{};
     const std::uint64_t lent = ask.free + ask.cached;
-    if (given < lent) given += give_free(std::min(lent - given, spare_pages()), floor, ticket);
+    if (given < lent) given += give_free(lent - given, floor, ticket);
     if (given < lent && ask.cached != 0)
         given += evict(std::min(ask.cached, lent - given), floor, counters_.evicted_neighbour);
     const auto missing = [given](std::uint64_t pages) { return pages > given ? pages - given : 0; };
@@ -188,7 +180,6 @@ std::vector<std::uint32_t> Pool::maintain(bool idle) {
 
 std::vector<std::uint32_t> Pool::maintain_locked(bool idle, std::uint64_t *given_pages) {
     std::vector<std::uint32_t> evicted;
-    if (idle) set_reserve(0);  // nothing runs: what was said before the last step is not true any more
     poll_locked();
     const std::uint64_t now = monotonic_ns();
     publish();  // what is asked of us depends on what we say we hold

@@ -70,8 +70,6 @@ class Pool {
     // How many blocks the engine would take after the next ensure(): requests that wait. Where ensure() is refused, the
     // neighbours hear of both. Stands until it is set anew.
     void set_backlog(std::uint64_t blocks) noexcept;
-    // How many free blocks requests that run will take within a few steps: they are not given to neighbours.
-    void set_reserve(std::uint32_t blocks) noexcept { reserve_.store(blocks, std::memory_order_relaxed); }
     std::uint32_t available() const noexcept;
     std::uint32_t used() const noexcept { return used_blocks_.load(std::memory_order_relaxed); }
 
@@ -224,7 +222,6 @@ class Pool {
     std::vector<std::uint32_t> maintain_locked(bool idle, std::uint64_t *given_pages);
     void answer_asked() noexcept;
     void ordered(std::uint64_t given, std::uint64_t ticket, std::uint64_t now) noexcept;
-    std::uint64_t spare_pages() const noexcept;
     bool free_is_due() noexcept;
     void answer_with_free();
 
@@ -296,7 +293,6 @@ class Pool {
     std::atomic<bool> drains_{false};
     std::atomic<bool> above_cache_limit_{false};
     std::atomic<bool> surplus_{false};
-    std::atomic<std::uint32_t> reserve_{0};
     std::atomic<std::uint64_t> maintain_again_ns_{0};
     std::atomic<std::uint64_t> last_active_ns_{0};
 };
