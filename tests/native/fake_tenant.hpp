@@ -86,7 +86,6 @@ class FakeTenant : public Tenant {
         return std::min(budget_->capacity - budget_->leased.load(),
                         limit.bytes - std::min(limit.bytes, leased_.load()));
     }
-    std::uint64_t scarcity() override { return scarce; }
     void set_backlog(std::uint64_t bytes) noexcept override { backlog = bytes; }
     void publish(const Usage &now, const Counters &all) noexcept override {
         usage = now;
@@ -96,7 +95,7 @@ class FakeTenant : public Tenant {
 
     Limit limit, held;
     Trim trim, trimmed;
-    std::uint64_t fixed = 0, scarce = 0, backlog = 0;
+    std::uint64_t fixed = 0, backlog = 0;
     Counters counters;
     std::array<std::atomic<std::uint64_t>, kLatencies> samples{}, sample_ns{};
     std::uint64_t floor_bytes = 0;

@@ -241,18 +241,6 @@ TEST("ledger policy: a backlog keeps no bytes from those who rank lower") {
     CHECK_EQ(grantable(s, 0), 22 * MiB);  // 30 are free, and the demand itself is kept
 }
 
-TEST("ledger policy: memory is scarce where less than a quarter of the capacity is nobody's") {
-    Snapshot s = world(100);
-    add(s, 60);
-    CHECK_EQ(scarcity(s, 0), 0U);
-    add(s, 20);
-    CHECK_EQ(scarcity(s, 0), 5 * MiB);
-    s.claims[1].floor = 30 * MiB;  // 10 of the 20 that are free are promised
-    CHECK_EQ(scarcity(s, 0), 15 * MiB);
-    s.claims[0].leaving = 12 * MiB;
-    CHECK_EQ(scarcity(s, 0), 3 * MiB);
-}
-
 TEST("ledger policy: an unmet floor is asked back as soon as its owner wants it") {
     Snapshot s = world(100);
     add(s, 100, 60);

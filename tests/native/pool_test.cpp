@@ -232,31 +232,6 @@ TEST("pool: what was asked for at once lies in few extents, and the last page of
     CHECK_OK(world.pool->check_integrity());
 }
 
-TEST("pool: where the device is crowded, extents are a sixteenth of what is asked for at once") {
-    Shape shape;
-    shape.blocks = 2000;
-    shape.page_bytes = 4096;
-    shape.block_bytes = 4096;
-    shape.max_extent = 64;
-    World world(shape);
-    CHECK_EQ(world.alloc(900).size(), 900U);
-    const auto left = world.pool->available();
-    CHECK_EQ(world.alloc(left).size(), left);
-    world.tenant->scarce = 1;
-    auto before = world.pool->stats();
-    CHECK_EQ(world.alloc(8).size(), 8U);
-    auto after = world.pool->stats();
-    CHECK_EQ(after.extents - before.extents, 8U);
-    CHECK_EQ(world.pool->available(), 0U);
-    CHECK_EQ(world.alloc(512).size(), 512U);
-    CHECK_EQ(world.pool->stats().extents - after.extents, 16U);
-    world.tenant->scarce = 0;
-    before = world.pool->stats();
-    CHECK_EQ(world.alloc(8).size(), 8U);
-    CHECK_EQ(world.pool->stats().extents - before.extents, 1U);
-    CHECK_OK(world.pool->check_integrity());
-}
-
 TEST("pool: what waits behind the next blocks is told in bytes, and never more than there is") {
     Shape shape;
     shape.spans = 2;
@@ -267,59 +242,6 @@ TEST("pool: what waits behind the next blocks is told in bytes, and never more t
     CHECK_EQ(world.tenant->backlog, 96 * world.page_cost);
     world.pool->set_backlog(0);
     CHECK_EQ(world.tenant->backlog, 0U);
-}
-
-// An engine that is never idle: a block comes and goes, and it looks whether it is asked for something.
-std::uint64_t held_after(World &world, std::chrono::milliseconds time) {
-    const auto until = std::chrono::steady_clock::now() + time;
-    while (std::chrono::steady_clock::now() < until) {
-        const auto one = world.alloc(1);
-        CHECK_EQ(one.size(), 1U);
-        CHECK_OK(world.pool->release(one, false));
-        if (world.pool->attention()) world.pool->maintain(false);
-        world.step();
-        std::this_thread::sleep_for(std::chrono::milliseconds(2));
-    }
-    world.settle();
-    CHECK_OK(world.pool->check_integrity());
-    return world.tenant->leased() / world.page_cost;
-}
-
-TEST("pool: a busy engine gives back what it never needed for a while, as far as memory is scarce") {
-    Shape shape;
-    shape.blocks = 200;
-    shape.block_bytes = shape.page_bytes;
-    shape.stock_pages = 4;
-    World world(shape);
-    const auto ids = world.alloc(100);
-    const std::vector<std::uint32_t> ended(ids.begin() + 20, ids.end());
-    CHECK_OK(world.pool->release(ended, false));
-    const auto all = world.tenant->leased() / world.page_cost;
-    CHECK(all >= 101);
-    CHECK_EQ(held_after(world, std::chrono::milliseconds(1200)), all);  // nobody is short of any
-    world.tenant->scarce = 10 * world.page_cost;
-    CHECK(held_after(world, std::chrono::milliseconds(700)) <= all - 10);
-    world.tenant->scarce = 1000 * world.page_cost;
-    const auto rest = held_after(world, std::chrono::milliseconds(1200));
-    CHECK(rest >= 1 + 20 + 4);  // what is in use, and the stock
-    CHECK(rest <= 1 + 20 + 4 + 2);
-    world.tenant->floor_bytes = 60 * world.page_cost;
-    CHECK_EQ(world.alloc(60).size(), 60U);
-    CHECK(world.tenant->leased() / world.page_cost >= 81);
-}
-
-TEST("pool: what a busy engine does not need is given down to the floor, and not at all without a clock") {
-    for (const bool clock : {true, false}) {
-        Shape shape;
-        shape.blocks = 200;
-        shape.block_bytes = shape.page_bytes;
-        if (!clock) shape.idle_us = kNever;
-        World world(shape);
-        world.tenant->floor_bytes = 60 * world.page_cost;
-        world.tenant->scarce = 1000 * world.page_cost;
-        CHECK_OK(world.pool->release(world.alloc(100), false));
-        CHECK_EQ(held_after(world, std::chrono::milliseconds(1200)), clock ? 60U : 101U);
-    }
 }
 
 TEST("pool: the stock is mapped ahead, and not under pressure") {

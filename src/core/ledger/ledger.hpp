@@ -223,8 +223,6 @@ class Tenant {
     virtual std::uint64_t static_bytes() const noexcept { return 0; }
     virtual std::uint64_t floor() const noexcept = 0;
     virtual std::uint64_t headroom() = 0;  // bytes lease() would grant now
-    // Bytes by which what nobody has leased is less than what newcomers should find (policy::scarcity).
-    virtual std::uint64_t scarcity() { return 0; }
     // Bytes that a demand may at most be for; one for more is ignored.
     virtual std::uint64_t reachable() { return headroom(); }
     // Of the counters, those of asks are the ledger's own and not taken from here.

@@ -386,12 +386,6 @@ std::uint64_t reachable(const Snapshot &snapshot, int index) noexcept {
     return static_cast<std::uint64_t>(above(room_for(snapshot, index), signed_bytes(claim.held())));
 }
 
-std::uint64_t scarcity(const Snapshot &snapshot, int) noexcept {
-    const World world = survey(snapshot);
-    const Bytes open = signed_bytes(snapshot.capacity / kOpenPart);
-    return static_cast<std::uint64_t>(above(open, world.spare + world.coming));
-}
-
 std::uint64_t weighted_share(const Snapshot &snapshot, int index) noexcept {
     return static_cast<std::uint64_t>(survey(snapshot).of[static_cast<std::size_t>(index)].share);
 }

@@ -96,11 +96,6 @@ std::uint64_t grantable(const Snapshot &snapshot, int index) noexcept;
 // demand for more is ignored.
 std::uint64_t reachable(const Snapshot &snapshot, int index) noexcept;
 
-// Bytes by which those that nobody holds, and no unmet floor keeps, are less than a part of the capacity, 1 /
-// kOpenPart: then a tenant that has mapped memory it does not need gives so much of it back.
-std::uint64_t scarcity(const Snapshot &snapshot, int index) noexcept;
-inline constexpr std::uint64_t kOpenPart = 4;
-
 using Asks = std::array<Ask, kMaxTenants>;  // by index in the snapshot
 // What every tenant should give back now.
 Asks asks(const Snapshot &snapshot) noexcept;

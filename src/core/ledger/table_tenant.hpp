@@ -50,7 +50,6 @@ class TableTenant final : public Tenant {
     std::uint64_t floor() const noexcept override;
     std::uint64_t headroom() override { return by_policy(policy::grantable); }
     std::uint64_t reachable() override { return by_policy(policy::reachable); }
-    std::uint64_t scarcity() override { return by_policy(policy::scarcity); }
     void publish(const Usage &usage, const Counters &counters) noexcept override;
     void add_mapped(std::int64_t bytes) noexcept override;
     void publish_static_used(std::uint64_t bytes) noexcept override;

@@ -30,7 +30,10 @@ std::uint32_t Pool::thinness(const Extent &extent) const noexcept {
 void Pool::reclass(std::uint32_t head) noexcept {
     Extent &extent = extents_[head];
     const bool unused = extent.stage == Stage::mapped && extent.used == 0;
-    set_empty(head, unused && extent.cached == 0);
+    if (unused && extent.cached == 0)
+        empty_extents_.insert(head);
+    else
+        empty_extents_.erase(head);
     const bool was = evictable_.contains(head);
     if (!unused || extent.cached == 0) {
         if (was) evictable_.remove(head);

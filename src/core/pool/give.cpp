@@ -13,7 +13,6 @@ namespace {
 constexpr std::uint64_t kLookUs = 250'000;           // an idle pool looks at its neighbours at least this often
 constexpr std::uint64_t kOpenOrderUs = 10'000;       // while pages are to come back for a limit
 constexpr std::uint64_t kMaintainPauseNs = 500'000;  // a pressed pool with nothing to give is not asked every step
-constexpr std::uint64_t kWindowNs = 500'000'000;     // the shortest in which memory shows that it is not needed
 
 }  // namespace
 
@@ -22,7 +21,7 @@ void Pool::order_unmap(std::uint32_t head, bool fenced, std::uint64_t ticket) {
     const Run run{head, extent.pages};
     set_draining(head, false);
     extent.stage = Stage::unmapping;
-    set_empty(head, false);
+    empty_extents_.erase(head);
     for (std::uint32_t block = first_block(head); block <= last_block(head + run.pages - 1); ++block) {
         const auto pages = static_cast<std::uint16_t>(pages_of_block_in(block, run));
         if (unready_[block] == 0) {
@@ -57,36 +56,6 @@ std::uint64_t Pool::give_free(std::uint64_t pages, std::uint64_t keep, std::uint
         head = empty_extents_.last_before(head);
     }
     return given;
-}
-
-void Pool::set_empty(std::uint32_t head, bool empty) noexcept {
-    if (!(empty ? empty_extents_.insert(head) : empty_extents_.erase(head))) return;
-    const std::uint32_t pages = extents_[head].pages;
-    empty_pages_ = empty ? empty_pages_ + pages : empty_pages_ - pages;
-    least_empty_pages_ = std::min(least_empty_pages_, empty_pages_);
-}
-
-// A busy engine keeps what it has mapped, and its idle clock never runs out. So from window to window, as long as that
-// clock's, the pool notes how many empty pages it never needed; where the device is short of memory that nobody has
-// leased, those go back before a neighbour is refused and has to ask.
-void Pool::note_surplus() noexcept {
-    const std::uint64_t now = coarse_ns();
-    if (now < window_end_ns_) return;
-    const std::uint64_t stock = stock_pages();
-    surplus_pages_ = least_empty_pages_ > stock ? least_empty_pages_ - stock : 0;
-    surplus_.store(surplus_pages_ != 0, std::memory_order_relaxed);
-    least_empty_pages_ = empty_pages_;
-    window_end_ns_ = options_.idle_release_us == kNever
-                         ? kNever
-                         : now + std::max(kWindowNs, 1000 * std::min(options_.idle_release_us, kNever / 2000));
-}
-
-std::uint64_t Pool::give_surplus(std::uint64_t floor, std::uint64_t ticket) {
-    const std::uint64_t stock = stock_pages();
-    const std::uint64_t surplus = std::min(surplus_pages_, empty_pages_ > stock ? empty_pages_ - stock : 0);
-    surplus_pages_ = 0;
-    surplus_.store(false, std::memory_order_relaxed);
-    return surplus == 0 ? 0 : give_free(std::min(surplus, leases_.scarcity()), floor, ticket);
 }
 
 // A clock that is read in a few nanoseconds, right to a few milliseconds: block operations read it each time.
@@ -187,7 +156,6 @@ std::vector<std::uint32_t> Pool::maintain_locked(bool idle, std::uint64_t *given
     const std::uint64_t ticket = table_->header().ticket.load(std::memory_order_relaxed) + 1;
     Given given = give_asked(floor, ticket, evicted);
     keep_cache_limit(evicted);
-    given.pages += give_surplus(floor, ticket);
     if (idle) given.pages += give_idle(now, floor, ticket, evicted);
     ordered(given.pages, ticket, now);
     publish();  // before the answers: who waited for them may look at once
@@ -218,8 +186,7 @@ std::vector<std::uint32_t> Pool::give_all() {
 bool Pool::attention() noexcept {
     if (origin_.elsewhere()) return false;
     return (above_limit_.load(std::memory_order_relaxed) || drains_.load(std::memory_order_relaxed) ||
-            above_cache_limit_.load(std::memory_order_relaxed) || surplus_.load(std::memory_order_relaxed) ||
-            leases_.pressed()) &&
+            above_cache_limit_.load(std::memory_order_relaxed) || leases_.pressed()) &&
            monotonic_ns() >= maintain_again_ns_.load(std::memory_order_relaxed);
 }
 

@@ -35,11 +35,10 @@ std::uint32_t Pool::extent_target(std::uint64_t held) const noexcept {
 
 // The lowest absent pages that make `blocks` more blocks whole, as extents; fewer if the range or most_pages ends.
 // What is asked for at once counts as held, so that a burst takes few large extents. The last extent may be larger than
-// what is needed, unless `exact`. Where the device is `crowded` what is held does not count: a neighbour may soon ask
-// for it, and a large extent that is in use comes back only when the last request on it has ended.
-std::vector<Pool::Run> Pool::plan(std::uint32_t blocks, std::uint64_t most_pages, bool exact, bool crowded) const {
+// what is needed, unless `exact`.
+std::vector<Pool::Run> Pool::plan(std::uint32_t blocks, std::uint64_t most_pages, bool exact) const {
     std::vector<Run> runs;
-    const std::uint32_t target = extent_target((crowded ? 0 : held_pages_) + pages_for(blocks));
+    const std::uint32_t target = extent_target(held_pages_ + pages_for(blocks));
     std::uint32_t whole = 0;
     std::uint32_t partial_block = 0, partial_left = 0;  // a block cut by the end of the previous run
     std::uint64_t page = absent_pages_.first_from(0);
@@ -211,11 +210,10 @@ bool Pool::grow(std::uint32_t shortfall, bool ring, Status *why) {
         return false;
     }
     std::uint64_t refused = 0;
-    const bool crowded = leases_.scarcity() != 0;
     // A neighbour is not asked for more than is needed, and a budget that is nearly used up is used up.
     for (const bool exact : {false, true}) {
-        if ((ring || crowded) && !exact) continue;
-        const std::vector<Run> runs = plan(shortfall, num_pages_, exact, crowded);
+        if (ring && !exact) continue;
+        const std::vector<Run> runs = plan(shortfall, num_pages_, exact);
         const std::uint64_t pages = pages_in(runs);
         if (pages == 0) {
             *why = {Code::unavailable, "every page of the virtual range is in use"};
@@ -245,7 +243,7 @@ bool Pool::covered_by_both(std::uint64_t blocks) {
 bool Pool::grow_partly(std::uint32_t shortfall) {
     const std::uint64_t room = leases_.headroom();
     if (room == 0) return false;
-    const std::vector<Run> runs = plan(shortfall, room, true, true);
+    const std::vector<Run> runs = plan(shortfall, room, true);
     const std::uint64_t pages = pages_in(runs);
     if (pages == 0 || !leases_.lease(pages, false).ok()) return false;
     for (const Run &run : runs) order_map(run);
@@ -253,13 +251,9 @@ bool Pool::grow_partly(std::uint32_t shortfall) {
     return true;
 }
 
-std::uint64_t Pool::stock_pages() const noexcept {
-    return options_.stock_pages == kNever ? extent_target(held_pages_) : options_.stock_pages;
-}
-
 // Maps ahead of demand while nobody else wants the memory. Never waits, never rings.
 void Pool::keep_stock() {
-    const std::uint64_t stock = stock_pages();
+    const std::uint64_t stock = options_.stock_pages == kNever ? extent_target(held_pages_) : options_.stock_pages;
     const std::uint64_t ahead = free_blocks_.count() + coming_;
     if (stock == 0 || ahead * options_.block_bytes >= stock * options_.page_bytes) return;
     if (leases_.pressed() || monotonic_ns() - last_stock_miss_ns_ < kStockRetryNs) return;

@@ -52,7 +52,7 @@ Status Pool::check_blocks() const {
 
 Status Pool::check_extents() const {
     PageUsage pages;
-    std::uint64_t held = 0, covered = 0, draining = 0, empty = 0;
+    std::uint64_t held = 0, covered = 0, draining = 0;
     for (std::uint64_t head = heads_.first(); head != Bitmap::npos; head = heads_.first_from(head + 1)) {
         const Extent &extent = extents_[head];
         std::uint32_t used = 0, cached = 0;
@@ -68,7 +68,6 @@ Status Pool::check_extents() const {
             return broken("the extent at page " + std::to_string(head) + " is leaving with blocks on it");
         if (empty_extents_.contains(head) != (mapped && used == 0 && cached == 0))
             return broken("the extent at page " + std::to_string(head) + " and the set of empty extents");
-        if (mapped && used == 0 && cached == 0) empty += extent.pages;
         const bool evictable = mapped && used == 0 && cached != 0;
         if (evictable_.contains(first) != evictable || (evictable && extent.thin != thinness(extent)))
             return broken("the extent at page " + std::to_string(head) + " and the order of eviction");
@@ -85,8 +84,7 @@ Status Pool::check_extents() const {
     }
     if (held != held_pages_) return broken("held pages: " + std::to_string(held_pages_));
     if (pages.used != usage_.used || pages.cached != usage_.cached || pages.free != usage_.free ||
-        pages.transit != usage_.transit || pages.leaving != usage_.leaving || draining != draining_pages_ ||
-        empty != empty_pages_)
+        pages.transit != usage_.transit || pages.leaving != usage_.leaving || draining != draining_pages_)
         return broken("pages are not free + used + cached + in transit");
     if (covered + absent_pages_.count() != num_pages_) return broken("pages are neither absent nor in an extent");
     return {};

@@ -43,12 +43,6 @@ std::uint64_t Leases::headroom() {
     return pages;
 }
 
-std::uint64_t Leases::scarcity() {
-    std::uint64_t pages = 0;
-    for (auto &share : shares_) pages = std::max(pages, pages_up(share.tenant->scarcity(), share.page_cost));
-    return pages;
-}
-
 std::uint64_t Leases::floor_pages() const noexcept {
     std::uint64_t pages = 0;
     for (const auto &share : shares_) {

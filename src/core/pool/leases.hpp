@@ -36,7 +36,6 @@ class Leases {
     void set_backlog(std::uint64_t pages) noexcept;  // what waits behind the next lease
     std::uint64_t headroom();                        // pages lease() would grant now
     std::uint64_t reachable();                       // pages that a demand may at most be for
-    std::uint64_t scarcity();  // pages by which the least unleased memory of a device is under what should be
     std::uint64_t floor_pages() const noexcept;
     PageAsk ask();
     bool pressed() const noexcept;

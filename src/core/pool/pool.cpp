@@ -159,7 +159,6 @@ void Pool::count_block(BlockState state, std::uint32_t delta) noexcept {
 }
 
 void Pool::publish() noexcept {
-    note_surplus();
     const PageUsage usage = usage_now();
     leases_.publish(usage, used() > lent_free_ + lent_cached_, counters_);
     const bool above = over_cache_limit();

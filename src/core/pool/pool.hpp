@@ -181,14 +181,13 @@ class Pool {
 
     // growing (grow.cpp)
     std::uint32_t extent_target(std::uint64_t held) const noexcept;
-    std::vector<Run> plan(std::uint32_t blocks, std::uint64_t most_pages, bool exact, bool crowded) const;
+    std::vector<Run> plan(std::uint32_t blocks, std::uint64_t most_pages, bool exact) const;
     std::uint64_t pages_for(std::uint64_t blocks) const noexcept;
     static std::uint64_t pages_in(const std::vector<Run> &runs) noexcept;
     void order_map(const Run &run);
     bool grow(std::uint32_t shortfall, bool ring, Status *why);
     bool grow_partly(std::uint32_t shortfall);
     bool covered_by_both(std::uint64_t blocks);
-    std::uint64_t stock_pages() const noexcept;
     void keep_stock();
     std::uint32_t ahead_of(std::uint32_t blocks);
     void note_wait(std::uint64_t start, std::uint64_t waited_ns, bool starved, bool patient) noexcept;
@@ -209,9 +208,6 @@ class Pool {
     // giving back (give.cpp)
     void order_unmap(std::uint32_t head, bool fenced, std::uint64_t ticket);
     std::uint64_t give_free(std::uint64_t pages, std::uint64_t keep, std::uint64_t ticket);
-    void set_empty(std::uint32_t head, bool empty) noexcept;
-    void note_surplus() noexcept;
-    std::uint64_t give_surplus(std::uint64_t floor, std::uint64_t ticket);
 
     struct Given {
         std::uint64_t pages = 0, trimmed = 0;  // the latter are among the former
@@ -275,8 +271,6 @@ class Pool {
     std::uint32_t coming_ = 0;      // blocks whose pages are all mapped or ordered, not all mapped
     std::uint64_t held_pages_ = 0;  // mapping, recalling or mapped
     std::uint64_t draining_pages_ = 0;
-    std::uint64_t empty_pages_ = 0, least_empty_pages_ = 0;   // of empty extents; the latter since the window began
-    std::uint64_t surplus_pages_ = 0, window_end_ns_ = 0;     // never needed during the last window
     std::uint64_t drain_peak_ = 0, drain_peak_until_ns_ = 0;  // most pages that were to be drained, a while ago
     PageUsage usage_;
     std::uint64_t last_stock_miss_ns_ = 0;
@@ -292,7 +286,6 @@ class Pool {
     std::atomic<bool> above_limit_{false};  // and there are pages that could go
     std::atomic<bool> drains_{false};
     std::atomic<bool> above_cache_limit_{false};
-    std::atomic<bool> surplus_{false};
     std::atomic<std::uint64_t> maintain_again_ns_{0};
     std::atomic<std::uint64_t> last_active_ns_{0};
 };
