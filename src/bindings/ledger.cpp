@@ -161,6 +161,7 @@ nb::dict ask_dict(Tenant &tenant) {
     out["as_freed"] = ask.as_freed;
     out["trim"] = ask.trim;
     out["now"] = ask.now;
+    out["along"] = ask.along;
     return out;
 }
 

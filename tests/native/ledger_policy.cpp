@@ -140,6 +140,18 @@ TEST("ledger policy: mapped free pages go first, in proportion, those above thei
     CHECK_EQ(a[0].mapped_free + a[1].mapped_free + a[0].cached, 18 * MiB);
 }
 
+TEST("ledger policy: free pages go along while at most half of what is there is used or cached") {
+    Snapshot s = world(100);
+    add(s, 96, 0, 80);
+    add(s, 2);
+    CHECK_EQ(asks(s)[0].along, 0U);
+    demand(s.claims[1], 4, 1);
+    CHECK_EQ(asks(s)[0].mapped_free, 2 * MiB);
+    CHECK_EQ(asks(s)[0].along, (80 - 2 - 96 / 4) * MiB / 8);
+    s.claims[0].cached = 33 * MiB;  // 16 and 2 are used
+    CHECK_EQ(asks(s)[0].along, 0U);
+}
+
 TEST("ledger policy: cached pages of the one furthest above its share, lower priority first, idle ones at once") {
     Snapshot s = world(100);
     add(s, 50, 30);
@@ -428,11 +440,11 @@ void check_asks(const Snapshot &s) {
         const Ask &ask = a[static_cast<std::size_t>(i)];
         const std::uint64_t sum = ask.mapped_free + ask.cached + ask.as_freed;
         asked += i64(sum);
-        CHECK(ask.mapped_free <= claim.mapped_free);
+        CHECK(ask.mapped_free + ask.along <= claim.mapped_free);
         CHECK(ask.cached <= claim.cached);
         CHECK(ask.as_freed <= claim.used);
         CHECK(sum + claim.leaving <= claim.leased);
-        CHECK(sum == 0 || claim.held() - claim.leaving - sum >= claim.floor);
+        CHECK(sum == 0 || claim.held() - claim.leaving - sum - ask.along >= claim.floor);
         const bool alone =
             waiting == 0 || (waiting == 1 && (demand_alive(claim, s.now_ns) || wants_floor(claim, s.now_ns)));
         if (alone) CHECK(i64(sum) <= excess);

@@ -151,6 +151,25 @@ TEST("pool: pressure takes free pages first, then the least recently used extent
     CHECK_OK(world.pool->check_integrity());
 }
 
+TEST("pool: free pages go along with those that are asked, cached and used ones do not") {
+    Shape shape;
+    shape.block_bytes = shape.page_bytes;
+    World world(shape);
+    const auto all = world.alloc(20);
+    CHECK_OK(world.pool->release({all.begin() + 8, all.end()}, false));
+    CHECK_OK(world.pool->release({all.begin() + 4, all.begin() + 8}, true));
+    const auto left = [&world](std::uint64_t free, std::uint64_t along) {
+        world.tenant->set_asked({.mapped_free = free * world.page_cost, .along = along * world.page_cost + 1});
+        CHECK(world.pool->maintain(false).empty());
+        world.step();
+        world.settle();
+        return world.tenant->leased() / world.page_cost;
+    };
+    CHECK_EQ(left(2, 5), 1 + 20 - 7U);
+    CHECK_EQ(left(2, 50), 1 + 8U);
+    CHECK_OK(world.pool->check_integrity());
+}
+
 TEST("pool: a lowered limit is held and acknowledged") {
     Shape shape;
     shape.block_bytes = shape.page_bytes;

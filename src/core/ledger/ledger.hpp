@@ -119,6 +119,7 @@ struct Ask {
                                    // as their pages become free, before they are used again
     std::uint64_t trim = 0;        // ordered by the operator: mapped free first, then cached; never under the floor
     bool now = false;              // over_limit is to be reached even if running requests have to be preempted
+    std::uint64_t along = 0;       // mapped free bytes that may go besides: nobody waits for them yet
 };
 
 struct LedgerOptions {

@@ -318,6 +318,27 @@ Ask asked_of(const Taking &taking, std::size_t at) noexcept {
     return ask;
 }
 
+// See policy.hpp. In bytes; the giver rounds down to its pages.
+void add_along(const Taking &taking, Asks &asks) noexcept {
+    constexpr Bytes kPart = 8, kKept = 4, kFuller = 2;
+    Bytes there = above(taking.world.spare, 0), busy = 0;
+    for (int i = 0; i < taking.snapshot.count; ++i) {
+        const Claim &claim = taking.snapshot.claims[static_cast<std::size_t>(i)];
+        there += signed_bytes(claim.leased);
+        busy += signed_bytes(claim.used) + signed_bytes(claim.cached);
+    }
+    if (busy > there / kFuller) return;
+    for (int i = 0; i < taking.snapshot.count; ++i) {
+        const auto at = static_cast<std::size_t>(i);
+        const Claim &claim = taking.snapshot.claims[at];
+        const Bytes asked = signed_bytes(asks[at].mapped_free);
+        const Bytes rest = signed_bytes(asks[at].cached + asks[at].as_freed);
+        const Bytes others = above(std::min(signed_bytes(claim.mapped_free), taking.room[at] - rest), asked);
+        if (asked != 0)
+            asks[at].along = static_cast<std::uint64_t>(above(others, signed_bytes(claim.leased) / kKept) / kPart);
+    }
+}
+
 }  // namespace
 
 int Snapshot::find(int slot) const noexcept {
@@ -378,6 +399,7 @@ Asks asks(const Snapshot &snapshot) noexcept {
         }
         result[at].trim = std::min(claim.trim, static_cast<std::uint64_t>(world.of[at].reclaimable));
     }
+    add_along(taking, result);
     return result;
 }
 

@@ -27,12 +27,15 @@
 // waits itself and is within its share are left to it, unless somebody has waited longer than kAgeingNs), then from
 // cached pages: lower priority first; within a priority what lies above the weighted share first, the furthest above
 // first. What a tenant would have to take from itself is not asked of it: dropping its own cache is its own next choice
-// anyway. Used pages are never asked back; `as_freed` tells a tenant above its share how many bytes to give back as its
-// pages become free, before it uses them again, and also one within it where outsiders have grown or a floor is owed:
-// one that is not met, of a tenant that waits, or was refused bytes within kDemandLifetimeNs and has been granted a
-// part since. What the operator orders of one tenant, to come under a limit or to trim, is asked of it besides, whoever
-// waits; a trim takes no more than is mapped free or cached, and nothing from under the floor. A tenant that has not
-// answered an ask for kAnswerNs is passed over until it does.
+// anyway. While at most half of what is there is used or cached, who is asked for mapped free pages gives an eighth of
+// its others `along`, down to a quarter of what it leases: who grows asks for one request's bytes at a time, and waits
+// for each. On a fuller device they would be taken in large extents, which are long in coming back. Used pages are
+// never asked back; `as_freed` tells a tenant above its share how many bytes to give back as its pages become free,
+// before it uses them again, and also one within it where outsiders have grown or a floor is owed: one that is not met,
+// of a tenant that waits, or was refused bytes within kDemandLifetimeNs and has been granted a part since. What the
+// operator orders of one tenant, to come under a limit or to trim, is asked of it besides, whoever waits; a trim takes
+// no more than is mapped free or cached, and nothing from under the floor. A tenant that has not answered an ask for
+// kAnswerNs is passed over until it does.
 #pragma once
 
 #include <array>

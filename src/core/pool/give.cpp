@@ -85,7 +85,8 @@ void Pool::answer_with_free() {
     publish();
     const std::uint64_t ticket = table_->header().ticket.load(std::memory_order_relaxed) + 1;
     std::uint64_t given = give_free(over_limit(false), 0, ticket);
-    const std::uint64_t lent = leases_.pressed() ? leases_.ask().free : 0;
+    const PageAsk ask = leases_.pressed() ? leases_.ask() : PageAsk{};
+    const std::uint64_t lent = ask.free + ask.along;
     if (given < lent) given += give_free(lent - given, leases_.floor_pages(), ticket);
     if (lent == 0 && given == 0) unasked_until_ns_ = now + kMaintainPauseNs;
     if (given != 0) ordered(given, ticket, now);
@@ -106,7 +107,7 @@ Pool::Given Pool::give_asked(std::uint64_t floor, std::uint64_t ticket, std::vec
     if (given < over) given += evict(over - given, 0, counters_.evicted_limit);
     const PageAsk ask = leases_.pressed() ? leases_.ask() : PageAsk{};
     const std::uint64_t lent = ask.free + ask.cached;
-    if (given < lent) given += give_free(lent - given, floor, ticket);
+    if (given < lent + ask.along) given += give_free(lent + ask.along - given, floor, ticket);
     if (given < lent && ask.cached != 0)
         given += evict(std::min(ask.cached, lent - given), floor, counters_.evicted_neighbour);
     const auto missing = [given](std::uint64_t pages) { return pages > given ? pages - given : 0; };

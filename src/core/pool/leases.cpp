@@ -58,6 +58,7 @@ PageAsk Leases::ask() {
         const Ask ask = share.tenant->ask();
         sum.free = std::max(sum.free, pages_up(ask.mapped_free + ask.as_freed, share.page_cost));
         sum.in_use = std::max(sum.in_use, pages_up(ask.as_freed, share.page_cost));
+        sum.along = std::max(sum.along, ask.along / share.page_cost);
         sum.cached = std::max(sum.cached, pages_up(ask.cached, share.page_cost));
     }
     return sum;

@@ -14,6 +14,7 @@ namespace elastickv {
 // for what is above this tenant's share, pages that become free (`in_use` now): they go before they are used again.
 struct PageAsk {
     std::uint64_t free = 0, cached = 0, in_use = 0;
+    std::uint64_t along = 0;  // free pages that may go besides
 };
 
 struct PageUsage {
