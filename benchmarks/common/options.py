@@ -55,6 +55,15 @@ def settings(chosen: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(chosen).items() if name not in ("output", "small")}
 
 
+def variables(text: str) -> dict[str, str]:
+    """NAME=VALUE,NAME=VALUE. SystemExit, with what is wrong, where a pair has no name or no value."""
+    pairs = [pair.partition("=") for pair in text.split(",") if pair]
+    for name, _, value in pairs:
+        if not (name and value):
+            raise SystemExit(f"error: {text!r} holds {name!r} without a value; write NAME=VALUE,NAME=VALUE")
+    return {name: value for name, _, value in pairs}
+
+
 ENGINE: Mapping[str, Value] = {"engine": "vllm", "model": "llama-8b", "seqs": 256, "start_deadline": 400.0}
 """Options of every benchmark that serves a model, at full size; SMALL at small size; ABOUT what they are."""
 SMALL: Mapping[str, Value] = {"model": "tiny", "seqs": 16, "start_deadline": 240.0}

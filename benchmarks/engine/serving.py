@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ FULL = {
     "half_requests": 200,
     "repeats": 5,
     "kv_size": "18GiB",
+    "plain_settings": "",
     "request_deadline": 300.0,
     "seed": 0,
 }
@@ -55,6 +57,7 @@ ABOUT = {
     "long_requests": "the same for prompts of 4,000 tokens and more, and for the last shape of a small run",
     "half_requests": "in a round at half load",
     "kv_size": "KV cache of each engine",
+    "plain_settings": "variables of the plain engine, as VLLM_KV_CACHE_LAYOUT=BLNHC, which is elastickv's layout",
     "request_deadline": "seconds that a request may take",
 }
 SIDES = ("without", "with")
@@ -65,10 +68,12 @@ LATENCY = Target("ratio", "most", 1.01)
 def main() -> int:
     chosen = options.parse(__doc__, FULL, SMALL, ABOUT)
     shapes = [Shape.parse(text) for text in chosen.shapes.split(",")]
+    variables = options.variables(chosen.plain_settings)
     result = Result("engine/serving", chosen.engine, chosen.small, chosen.device, options.settings(chosen))
     with Fleet(chosen.engine, chosen.device, chosen.model, chosen.kv_size, chosen.start_deadline) as fleet:
         managed = Spec("managed", True, chosen.kv_size, seqs=chosen.seqs, max_len=max(map(sum, shapes)) + 16)
-        plain, ours = fleet.up(plain_twin(managed, "plain", chosen.kv_size), managed)
+        twin = replace(plain_twin(managed, "plain", chosen.kv_size), environment=variables)
+        plain, ours = fleet.up(twin, managed)
         bench = Bench(fleet, {"without": plain, "with": ours}, chosen, result)
         for number, shape in enumerate(shapes):
             long = shape.prompt >= 4000 or (chosen.small and number == len(shapes) - 1 > 0)

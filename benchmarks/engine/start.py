@@ -5,7 +5,8 @@
 Together: all engines at once, managed and plain, whether each of them comes up and after how many seconds. Beside a
 busy one: the same requests, near the most that one engine serves, while a second engine starts and while none does; the
 busy one's P99 of TTFT and TPOT with the start over that without (a result of its own, start_beside.json). The same with
-plain engines is the control: a start loads weights and warms kernels up, and the busy one feels that in any case.
+plain engines is the control: a start loads weights and warms kernels up, and the busy one feels that in any case. What
+has been measured is written at once, for the control may be cut off with the machine.
 """
 
 from __future__ import annotations
@@ -81,11 +82,10 @@ def main() -> int:
     with Fleet(chosen.engine, chosen.device, chosen.model, capacity, chosen.start_deadline) as fleet:
         if chosen.together:
             Starts(fleet, chosen, together).together()
+            together.write(chosen.output)
         for side in ("with", "without") if chosen.control else ("with",):
             Starts(fleet, chosen, beside).beside_a_busy_one(side)
-    if chosen.together:
-        together.write(chosen.output)
-    beside.write(chosen.output)
+            beside.write(chosen.output)
     return 0
 
 
@@ -95,7 +95,7 @@ class Starts:
     def __init__(self, fleet: Fleet, chosen: argparse.Namespace, result: Result) -> None:
         self.fleet, self.chosen, self.result = fleet, chosen, result
         self.shape = Shape.parse(chosen.shape)
-        self.more = dict(pair.split("=", 1) for pair in chosen.settings.split(",") if pair)
+        self.more = options.variables(chosen.settings)
 
     def spec(self, name: str, side: str = "with") -> Spec:
         """Of a managed engine; for "without", of a plain one with its part of the KV memory."""

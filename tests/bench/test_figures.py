@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import page
-from benchmarks.common import schedule
+from benchmarks.common import options, schedule
 from benchmarks.common.load import Load, Outcome
 from benchmarks.common.result import FIELDS, ROOT, Result, Row, Target, read
 from benchmarks.common.schedule import Shape
@@ -102,6 +102,17 @@ def test_prompts_share_no_prefix_and_repeat_with_the_seed() -> None:
     assert prompts == schedule.prompts(50, 16, 256, seed=1)
     assert len({tuple(one[:4]) for one in prompts}) == 50
     assert all(2 <= token < 256 for one in prompts for token in one)
+
+
+def test_variables_on_a_command_line() -> None:
+    assert options.variables("") == {}
+    assert options.variables("A=1,B=two=2") == {"A": "1", "B": "two=2"}
+
+
+@pytest.mark.parametrize("text", ["A", "A=1,B", "=1", "A="])
+def test_a_variable_without_a_name_or_a_value_is_refused(text: str) -> None:
+    with pytest.raises(SystemExit, match="without a value; write NAME=VALUE"):
+        options.variables(text)
 
 
 @pytest.mark.parametrize("text", ["512", "512+", "+1", "a+b", "0+1", "512+0", "5 + 1"])
