@@ -8,14 +8,27 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from subprocess import Popen
+from typing import Any
 
 import pytest
 from hypothesis import settings
 
+import workers
 from support import Outcome, running_tenant
 
 settings.register_profile("elastickv", deadline=None)
 settings.load_profile("elastickv")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    return workers.scheduler(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The workers take tests in the order that they are given."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: workers.order(item.nodeid))
 
 
 @pytest.fixture(autouse=True)

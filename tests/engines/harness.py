@@ -31,6 +31,8 @@ Damage = Literal["none", "corrupt", "corrupt_all", "unmap"]
 START_SECONDS: Final = 240.0
 ROUND_SECONDS: Final = 600.0
 END_SECONDS: Final = 5.0
+CORES: Final = sorted(os.sched_getaffinity(0), reverse=process_environment().get("PYTEST_XDIST_WORKER") == "gw1")
+"""To bind engines to. The second of two workers begins with the last one: one engine of each has a core to itself."""
 UNDER_SECONDS: Final = 90.0
 """A checker writes its summary when the process has ended in order."""
 

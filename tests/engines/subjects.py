@@ -18,10 +18,9 @@ import pytest
 import elastickv
 from elastickv._core import Ledger
 from elastickv.ledger import DeviceView, read_device
-from engines.harness import Engine, Job
+from engines.harness import CORES, Engine, Job
 from engines.kinds import KINDS, Name
 
-CORES: Final = sorted(os.sched_getaffinity(0))
 BLOCK: Final = 64 * 1024
 """Of the tiny model: 32 tokens of 4 layers, 16 KiB a layer. Blocks in these tests are this many bytes."""
 

@@ -14,9 +14,9 @@ import pytest
 from elastickv.demo.model import ensure_model
 from elastickv.demo.prompts import mixed
 from engines.conftest import TINY_PROMPTS
-from engines.harness import EngineFailed, Job, Result, run, start
+from engines.harness import CORES, EngineFailed, Job, Result, run, start
 from engines.oracle import Difference, differences, judge
-from engines.subjects import CORES, VLLM
+from engines.subjects import VLLM
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

@@ -6,7 +6,6 @@ One engine each, on a host device of 24 MiB, whole: it loads, answers a short an
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -17,7 +16,7 @@ from elastickv._core import Ledger
 from elastickv.ledger import read_device
 from elastickv.planning import CacheShape, Serving, cache_shape, read_architecture
 from engines import tiny_models
-from engines.harness import Job, start
+from engines.harness import CORES, Job, start
 from engines.oracle import make_tiny_llama, tiny_prompts
 from support import Outcome
 
@@ -28,7 +27,6 @@ CAPACITY: Final = 24 * MIB
 PAGE: Final = 64 * 1024
 LENGTH, STEP, ANSWER = 1024, 128, 16
 SHORT, LONG = 496, 944
-CORES = sorted(os.sched_getaffinity(0))
 WITHIN = 0.03
 
 MODELS: Final = {

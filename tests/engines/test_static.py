@@ -16,9 +16,9 @@ from elastickv._core import Ledger
 from elastickv.errors import NotFound
 from elastickv.ledger import order_limit
 from engines.conftest import TINY_PROMPTS as PROMPTS
-from engines.harness import Engine, EngineFailed, Job, start
+from engines.harness import CORES, Engine, EngineFailed, Job, start
 from engines.oracle import differences
-from engines.subjects import BLOCK, CORES, EACH, VLLM, Subject, look, until
+from engines.subjects import BLOCK, EACH, VLLM, Subject, look, until
 
 pytestmark = pytest.mark.slow
 

@@ -21,13 +21,12 @@ from elastickv.demo.prompts import mixed
 from elastickv.demo.watch import KernelMemory, Watch
 from elastickv.ledger import DeviceView, read_device
 from elastickv.memory import open_device_ledger
-from engines.harness import Engine, Job, start
+from engines.harness import CORES, Engine, Job, start
 from engines.oracle import differences
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 MIB = 1024 * 1024
-CORES = sorted(os.sched_getaffinity(0))
 NAMES = ("left", "right")
 PROMPTS = {"left": [p.text for p in mixed(64)], "right": [p.text for p in mixed(64, 64)]}
 ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}

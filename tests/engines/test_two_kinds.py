@@ -12,9 +12,9 @@ from elastickv.demo.watch import KernelMemory, Watch
 from elastickv.ledger import read_device
 from elastickv.memory import open_device_ledger
 from engines.conftest import TINY_PROMPTS, PlainSGLang
-from engines.harness import Result, start
+from engines.harness import CORES, Result, start
 from engines.oracle import differences
-from engines.subjects import BLOCK, CORES, SGLANG, VLLM
+from engines.subjects import BLOCK, SGLANG, VLLM
 
 pytestmark = [pytest.mark.vllm, pytest.mark.sglang, pytest.mark.slow]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import resource
 import time
@@ -16,13 +15,12 @@ import pytest
 from elastickv._core import Ledger
 from elastickv.demo.engines import Engine as Server
 from elastickv.ledger import TenantView, read_device
-from engines.harness import Engine, Job, start
+from engines.harness import CORES, Engine, Job, start
 from engines.oracle import differences, make_tiny_llama, tiny_prompts
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 MIB = 1 << 20
-CORES = sorted(os.sched_getaffinity(0))
 PROMPTS = tiny_prompts(8)
 HIDDEN = 1024
 WEIGHTS = 100 * MIB

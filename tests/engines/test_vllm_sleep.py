@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,13 @@ import pytest
 import elastickv
 from elastickv._core import Ledger
 from elastickv.ledger import DeviceView, TenantView, order_limit, read_device
-from engines.harness import Engine, Job, Result, run, start
+from engines.harness import CORES, Engine, Job, Result, run, start
 from engines.oracle import differences, make_tiny_llama, tiny_prompts
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 MIB = 1024 * 1024
 BLOCK = 64 * 1024
-CORES = sorted(os.sched_getaffinity(0))
 PROMPTS = tiny_prompts(24)
 ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 CAPACITY = 24 * MIB

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from elastickv.config import Settings
 from elastickv.ledger import read_device
 from elastickv.memory import Cache, RankGeometry, RankMemory
 from engines import tiny_models
-from engines.harness import Job, Result, run
+from engines.harness import CORES, Job, Result, run
 from engines.oracle import differences, tiny_prompts
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -330,7 +329,6 @@ def test_no_block_is_handed_out_while_a_table_may_name_it(worlds: Any, seed: int
 
 # --- an engine
 
-CORES = sorted(os.sched_getaffinity(0))
 ENGINE = {"skip_tokenizer_init": True, "max_num_seqs": 12, "kv_cache_memory_bytes": 256 << 20}
 ENGINE_BLOCK = 64 * 1024
 """Of the tiny model: 2 layers of a group, 32 KiB each for 64 tokens."""

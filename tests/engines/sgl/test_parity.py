@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from engines.conftest import TINY_PROMPTS, PlainSGLang
-from engines.harness import Engine, run, start
+from engines.harness import CORES, Engine, run, start
 from engines.oracle import differences
-from engines.subjects import BLOCK, CORES, SGLANG, kill, look, until
+from engines.subjects import BLOCK, SGLANG, kill, look, until
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
