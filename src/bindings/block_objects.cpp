@@ -42,22 +42,22 @@ long as_long(const nb::object &value) {
 
 class BlockObjects {
   public:
-    BlockObjects(std::shared_ptr<Pool> pool, nb::list blocks)
-        : pool_(std::move(pool)), blocks_(std::move(blocks)), one_(nb::steal(PyLong_FromLong(1))) {
-        if (nb::len(blocks_) != pool_->options().num_blocks)
-            raise({Code::invalid, std::to_string(nb::len(blocks_)) + " block objects for a pool of " +
-                                      std::to_string(pool_->options().num_blocks) + " blocks"});
-    }
+    explicit BlockObjects(std::shared_ptr<Pool> pool) : pool_(std::move(pool)), one_(nb::steal(PyLong_FromLong(1))) {}
 
-    // (objects, evicted): each with ref_cnt 1; the last `evicted` were cached and still carry their hash.
-    nb::tuple take(std::uint32_t n) {
+    // (objects, evicted): each with ref_cnt 1; the last `evicted` were cached and still carry their hash. `blocks`: all
+    // of the pool's objects, by id. They are not kept: each names its pool, which holds this object, and Python's
+    // collector does not see through it.
+    nb::tuple take(nb::list blocks, std::uint32_t n) {
+        if (nb::len(blocks) != pool_->options().num_blocks)
+            raise({Code::invalid, std::to_string(nb::len(blocks)) + " block objects for a pool of " +
+                                      std::to_string(pool_->options().num_blocks) + " blocks"});
         ids_.resize(n);
         const std::uint32_t evicted = unwrap(pool_->take(ids_));
         PyObject *list = PyList_New(static_cast<Py_ssize_t>(n));
         if (list == nullptr) throw nb::python_error();
         nb::object owner = nb::steal(list);
         for (std::uint32_t i = 0; i < n; ++i) {
-            PyObject *block = PyList_GetItem(blocks_.ptr(), static_cast<Py_ssize_t>(ids_[i]));
+            PyObject *block = PyList_GetItem(blocks.ptr(), static_cast<Py_ssize_t>(ids_[i]));
             if (block == nullptr) throw nb::python_error();
             set(block, names().ref_cnt, one_.ptr());
             Py_INCREF(block);
@@ -101,7 +101,6 @@ class BlockObjects {
 
   private:
     std::shared_ptr<Pool> pool_;
-    nb::list blocks_;
     nb::object one_;
     std::vector<std::uint32_t> ids_, cached_;  // kept to spare allocations; calls come under the GIL, one at a time
 };
@@ -110,8 +109,9 @@ class BlockObjects {
 
 void bind_block_objects(nb::module_ &module) {
     nb::class_<BlockObjects>(module, "BlockObjects", "A pool's operations over an engine's own block objects.")
-        .def(nb::init<std::shared_ptr<Pool>, nb::list>(), nb::arg("pool"), nb::arg("blocks"))
-        .def("take", &BlockObjects::take, nb::arg("n"), nb::sig("def take(self, n: int) -> tuple[list, int]"))
+        .def(nb::init<std::shared_ptr<Pool>>(), nb::arg("pool"))
+        .def("take", &BlockObjects::take, nb::arg("blocks"), nb::arg("n"),
+             nb::sig("def take(self, blocks: list, n: int) -> tuple[list, int]"))
         .def("free", &BlockObjects::free, nb::arg("ordered_blocks"), nb::arg("caching"), nb::arg("owner"))
         .def("touch", &BlockObjects::touch, nb::arg("blocks"));
 }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -320,6 +322,27 @@ def test_nobody_walks_the_list_of_free_blocks(world: World) -> None:
         "something read BlockPool.free_block_queue.num_free_blocks: elastickv keeps the free blocks itself, and cannot "
         "manage an engine with a part that walks vLLM's own list"
     )
+
+
+def test_a_pool_that_is_gone_leaves_nothing_behind(directory: Path) -> None:
+    """As where a program makes one LLM after another: its hundred thousands of blocks, descriptors and threads go."""
+
+    def descriptors() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    gc.collect()
+    before, gone = descriptors(), []
+    for _ in range(3):
+        world = World(directory)
+        blocks = world.allocate(10)
+        give_hashes(world.pool, blocks[:3])
+        world.pool.free_blocks(blocks)
+        gone += [weakref.ref(world.pool)]
+        world.close()
+        del world, blocks
+        gc.collect()
+    assert [pool() for pool in gone] == [None] * 3
+    assert descriptors() == before
 
 
 def test_a_pool_of_another_class_is_refused(world: World) -> None:

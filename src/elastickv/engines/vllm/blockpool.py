@@ -54,7 +54,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
     def elastic_init(self, native: Pool, budget_blocks: Callable[[], int]) -> None:
         """Replaces the free list. Called once, by adopt()."""
         self.native = native
-        self.objects = BlockObjects(native, self.blocks)
+        self.objects = BlockObjects(native)
         self.free_block_queue = _NoQueue()
         for block in self.blocks:
             block.prev_free_block = block.next_free_block = None
@@ -78,7 +78,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
         """Takes blocks; what they cached is forgotten. ValueError, as vLLM's, if the caller did not check first."""
         blocks: list[Any]
         try:
-            blocks, evicted = self.objects.take(num_blocks)
+            blocks, evicted = self.objects.take(self.blocks, num_blocks)
         except InvalidArgument:
             blocks, evicted = self._take_unannounced(num_blocks)
         if self._reuse_watchers:
@@ -96,7 +96,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
         """For a caller that did not ask for the number it needs before."""
         if self.native.ensure(num_blocks) < num_blocks:
             raise ValueError(f"Cannot get {num_blocks} free blocks from the pool")
-        return self.objects.take(num_blocks)
+        return self.objects.take(self.blocks, num_blocks)
 
     def get_num_free_blocks(self) -> int:
         """Blocks that can be had at once: mapped and free, or holding a cached prefix only."""
