@@ -11,6 +11,7 @@ import pytest
 from elastickv.demo.engines import ENVIRONMENT
 from elastickv.demo.model import ensure_model
 from elastickv.demo.watch import KernelMemory
+from engines.harness import CORES
 from gateway.real import MIB, START_S, ask, kill_amid_answer, ledger, resident, tenant, tree
 from gateway.served import Gateway, gateway, gone, wait_for
 
@@ -36,7 +37,7 @@ ARGUMENTS = [
 def models(tmp_path: Path) -> str:
     path = tmp_path / "models.toml"
     model = ensure_model(print)
-    threads = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "0", "VLLM_PLUGINS": "elastickv"}
+    threads = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": str(CORES[0]), "VLLM_PLUGINS": "elastickv"}
     lines = []
     for name in ("a", "b"):
         lines += [f"[models.{name}]", f"path = {json.dumps(str(model))}", f"args = {json.dumps(ARGUMENTS)}"]
