@@ -3,8 +3,8 @@
     python benchmarks/plot.py benchmarks/results/nvidia-h100-80gb-hbm3/*.json --output docs/pictures/h100
 
 Writes targets.svg: every figure that has a target, as a multiple of it, the missed ones included; and for results that
-have them burst.svg (TTFT at every peak), burst-memory.svg (what each engine held meanwhile) and NAME-ttft.svg (the
-share of requests answered within a time).
+have them burst.svg (TTFT at every peak), burst-memory.svg (what each engine held meanwhile), NAME-ttft.svg (the
+share of requests answered within a time) and start_beside-slowest.svg (the slowest TTFT of each half second).
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ def pictures(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         if report["benchmark"] == "engine/burst":
             found[name] = burst(report)
             found[f"{name}-memory"] = memory(report)
+        if report["benchmark"] == "engine/start_beside":
+            found[f"{name}-slowest"] = slowest(report)
         curves = answered(report)
         if curves is not None:
             found[f"{name}-ttft"] = curves
@@ -174,6 +176,31 @@ def answered(report: Mapping[str, Any]) -> Any:
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     figure.tight_layout()
+    return figure
+
+
+def slowest(report: Mapping[str, Any]) -> Any:
+    """The slowest TTFT of the requests that arrived in each half second, first rounds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, 3.0))
+    axes = figure.subplots()
+    for side, colour in (("without", WITHOUT), ("with", MET)):
+        label = report["sides"][side]
+        for one in report["samples"].get(f"busy engine, {label}", [])[:1]:
+            worst: dict[int, float] = {}
+            for at, ttft in zip(one["arrival"], one["ttft"], strict=True):
+                worst[int(2 * at)] = max(worst.get(int(2 * at), 0.0), math.inf if ttft is None else ttft)
+            places = sorted(worst)
+            heights = [worst[place] for place in places]
+            axes.step([place / 2 for place in places], heights, where="post", color=colour, label=label)
+    if not axes.lines:
+        return None
+    axes.set_xlabel("arrival, s")
+    axes.set_ylabel("slowest TTFT, s")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
     return figure
 
 

@@ -12,9 +12,11 @@ has been measured is written at once, for the control may be cut off with the ma
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
 import sys
 import time
+from datetime import datetime, timedelta
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -69,6 +71,9 @@ ABOUT = {
 CALM = Target("ratio", "most", 1.1)
 LONGEST_S = 300.0
 """Of the load beside which an engine starts."""
+CLOCK = re.compile(r"\b(\d\d):(\d\d):(\d\d)\b")
+SAID = 400
+"""Lines of a log that a result keeps at most, and characters of a line."""
 
 
 def main() -> int:
@@ -175,6 +180,8 @@ class Starts:
         if why:
             self.result.fail("with", [f"{late.name} did not come up beside a busy one: {why}"])
         self.result.samples.setdefault("start beside a busy one, s", []).append(time.monotonic() - began)
+        began_at = datetime.now() - timedelta(seconds=time.monotonic() - background.start)
+        self.result.samples.setdefault(f"what {name} logged, s after the load began", said(late.log, began_at))
         if not background.running():
             self.result.note(f"{late.name} started for longer than the load beside it lasted")
         self.fleet.stop(late.name)
@@ -200,6 +207,19 @@ class Starts:
 
     def asked(self, server: Engine, arrivals: list[float]) -> list[load.Request]:
         return self.fleet.requests(server, arrivals, self.shape, self.chosen.seed)
+
+
+def said(log: Path, began: datetime) -> list[tuple[float, str]]:
+    """The lines of an engine's log that tell the time of day, with the seconds between `began` and then: what it did
+    while another's requests waited. Logs tell whole seconds, so each may be up to one too few."""
+    midnight = began.replace(hour=0, minute=0, second=0, microsecond=0)
+    lines = []
+    for line in log.read_text(errors="replace").splitlines():
+        if found := CLOCK.search(line):
+            hours, minutes, seconds = map(int, found.groups())
+            after = (midnight + timedelta(hours=hours, minutes=minutes, seconds=seconds) - began).total_seconds()
+            lines.append((round(after if after > -3600 else after + 86400, 2), line[:SAID]))
+    return lines[:SAID]
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from benchmarks.common.load import Load, Outcome
 from benchmarks.common.result import FIELDS, ROOT, Result, Row, Target, read
 from benchmarks.common.schedule import Shape
 from benchmarks.common.stats import paired_ratio, percentile, ratio, summary
+from benchmarks.engine.start import said
 
 COMPARE = ROOT / "benchmarks/compare.py"
 
@@ -250,3 +252,11 @@ def test_the_page_has_the_recorded_results() -> None:
     assert page.BEGIN + page.tables() + page.END in text
     for path in (ROOT / "benchmarks/results").rglob("*.json"):
         assert f"../{path.relative_to(ROOT)}" in text
+
+
+def test_what_an_engine_logged_is_timed_from_the_start_of_the_load(tmp_path: Path) -> None:
+    log = tmp_path / "late.log"
+    lines = ["INFO 12-31 23:59:58 [loader.py:1] weights", "no time at all", "[2026-01-01 00:00:03] graphs " + 500 * "x"]
+    log.write_text("\n".join(lines))
+    found = said(log, datetime(2025, 12, 31, 23, 59, 55, 500_000))
+    assert found == [(2.5, lines[0]), (7.5, lines[2][:400])]
