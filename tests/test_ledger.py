@@ -345,3 +345,85 @@ def test_unknown_faults_are_refused() -> None:
         _core.set_fault("ledger.lease.locked", "fail")
     _core.set_fault("ledger.lease.locked", "delay", 0, 10)
     _core.clear_faults()
+
+
+def test_bytes_that_do_not_come_are_not_counted_on(ledger: _core.Ledger) -> None:
+    """As of a neighbour whose device hangs: what it unmaps never goes. After two seconds another is asked instead."""
+    hung, idle, needy = ledger.join("hung"), ledger.join("idle"), ledger.join("needy")
+    assert hung.lease(32 * MIB)
+    assert idle.lease(32 * MIB)
+    hung.publish(mapped_free=16 * MIB, leaving=16 * MIB)
+    idle.publish(cached=32 * MIB)
+    begin, asked = time.monotonic(), 0
+    while not asked and time.monotonic() < begin + 5:
+        assert not needy.lease(16 * MIB, True)
+        asked = idle.ask()["cached"]
+        time.sleep(0.02)
+    assert asked == 16 * MIB
+    assert 2 <= time.monotonic() - begin < 3
+    assert hung.ask()["mapped_free"] == 0
+    # It was only slow: some of it has come, and so will the rest.
+    hung.give(8 * MIB)
+    hung.publish(mapped_free=16 * MIB, leaving=8 * MIB)
+    assert not needy.lease(16 * MIB, True)
+    assert idle.ask()["cached"] == 0
+
+
+def test_an_ask_is_answered_though_nobody_needs_it_any_more(ledger: _core.Ledger) -> None:
+    asked, needy = ledger.join("asked"), ledger.join("needy")
+    assert asked.lease(CAPACITY)
+    asked.publish(mapped_free=CAPACITY)
+    assert not asked.pressed()
+    assert not needy.lease(MIB, True)
+    needy.withdraw_demand()  # it was served by somebody else
+    assert asked.pressed()
+    asked.answered()
+    assert not asked.pressed()
+    assert [read_device(ledger).tenant("asked").counters.late] == [0]
+
+
+def test_nobody_joins_where_nobody_could_see_who_lives(ledger: _core.Ledger, directory: Path) -> None:
+    tenant = ledger.join("chat")
+    (directory / "host.alive").unlink()
+    with pytest.raises(LedgerCorrupt, match="is not the file that"):
+        _core.Ledger.open(str(directory), "host")  # which makes another one
+    for join in (lambda: ledger.join("late"), lambda: ledger.attach(tenant.slot, tenant.incarnation)):
+        with pytest.raises(LedgerCorrupt, match=r"'host\.alive' beside '.*' was removed or replaced"):
+            join()
+    assert tenant.lease(MIB)
+
+
+BURIED = """
+import os, sys
+from elastickv import _core
+from elastickv.errors import AccessDenied
+ledger = _core.Ledger.open(sys.argv[1], "host")
+tenant = ledger.join("buried")
+assert tenant.lease(1 << 20)
+locks = [int(fd) for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")]
+locks = [fd for fd in locks if os.readlink(f"/proc/self/fd/{fd}").endswith("host.alive")]
+os.dup2(os.open("/dev/null", os.O_RDONLY), max(locks))  # as who closes what it does not know
+assert [one["name"] for one in ledger.view()["tenants"] if one["alive"]] == []
+other = ledger.join("buried")  # its place is taken
+assert (other.slot, other.lease(2 << 20)) == (tenant.slot, True)
+try:
+    tenant.lease(1)
+except AccessDenied as error:
+    print(error, flush=True)
+tenant.give(1 << 20)
+tenant.publish(used=5)
+tenant.close()
+print([(one["name"], one["leased"], one["usage"]["used"]) for one in ledger.view()["tenants"] if one["alive"]])
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+def test_a_tenant_that_was_buried_alive_changes_nothing_of_who_came_after_it(directory: Path) -> None:
+    _core.Ledger.open(str(directory), "host", CAPACITY)
+    done = subprocess.run(
+        [sys.executable, "-c", BURIED, str(directory)], check=True, timeout=60, capture_output=True, text=True
+    )
+    said, left = done.stdout.splitlines()
+    assert said.startswith("this tenant was removed from the ledger while it lived")
+    assert left == f"[('buried', {2 * MIB}, 0)]"

@@ -112,3 +112,23 @@ def test_one_that_takes_long_is_not_waited_for(cache: BlockCache, faulty: _core.
     assert cache.alloc(8) is not None
     assert not finished.is_set()
     go_on.set()
+
+
+def test_what_the_driver_does_not_let_go_stays_leased(tmp_path: Path, faulty: _core.FaultyDriver) -> None:
+    """As where an engine is made anew in a process whose tenant stays."""
+    page, blocks = 64 * 1024, 60
+    (tmp_path / "d").mkdir(mode=0o700)
+    ledger = _core.Ledger.open(str(tmp_path / "d"), "host", capacity=64 * MIB)
+    tenant = ledger.join("one")
+    table = _core.PageTable.create(blocks, 1, tenant.incarnation)
+    pool = _core.Pool.make(table, [(tenant, page)], blocks, page, page, 1, stock_pages=0)
+    member = ledger.attach(tenant.slot, tenant.incarnation)
+    opened = _core.PageTable.open(table.path, tenant.incarnation)
+    rank = _core.Rank.attach(faulty, opened, member, 0, 1, blocks * page, page)
+    pool.wait_ready(5000)
+    assert pool.alloc(20)
+    assert tenant.leased == faulty.stats()["mapped_bytes"] == 21 * page
+    faulty.fail_every("unmap", 1)
+    rank.close()
+    assert tenant.leased == faulty.stats()["mapped_bytes"] == 21 * page
+    faulty.heal()

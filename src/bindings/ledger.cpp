@@ -212,19 +212,19 @@ void bind_tenant(nb::module_ &module) {
             [](Tenant &self, std::uint64_t virtual_bytes, std::uint64_t used, std::uint64_t cached,
                std::uint64_t mapped_free, std::uint64_t transit, std::uint64_t misses, std::uint64_t evicted_need,
                std::uint64_t evicted_neighbour, std::uint64_t evicted_limit, std::uint64_t evicted_idle,
-               std::uint64_t evicted_budget, std::uint64_t pinned) {
+               std::uint64_t evicted_budget, std::uint64_t pinned, std::uint64_t leaving) {
                 const Counters counters{.misses = misses,
                                         .evicted_need = evicted_need,
                                         .evicted_neighbour = evicted_neighbour,
                                         .evicted_limit = evicted_limit,
                                         .evicted_idle = evicted_idle,
                                         .evicted_budget = evicted_budget};
-                self.publish({virtual_bytes, used, cached, mapped_free, transit, 0, pinned, used > 0}, counters);
+                self.publish({virtual_bytes, used, cached, mapped_free, transit, leaving, pinned, used > 0}, counters);
             },
             nb::arg("virtual_bytes") = 0, nb::arg("used") = 0, nb::arg("cached") = 0, nb::arg("mapped_free") = 0,
             nb::arg("transit") = 0, nb::arg("misses") = 0, nb::arg("evicted_need") = 0,
             nb::arg("evicted_neighbour") = 0, nb::arg("evicted_limit") = 0, nb::arg("evicted_idle") = 0,
-            nb::arg("evicted_budget") = 0, nb::arg("pinned") = 0)
+            nb::arg("evicted_budget") = 0, nb::arg("pinned") = 0, nb::arg("leaving") = 0)
         .def("publish_static_used", &Tenant::publish_static_used, nb::arg("bytes"),
              "What this process has on the device of the tenant's static lease now; the members' figures add up.")
         .def(
@@ -343,7 +343,8 @@ void bind_ledger(nb::module_ &module) {
             [](Ledger &self, const std::string &name) { check(without_gil([&] { return self.forget(name); })); },
             nb::arg("name"))
         .def(
-            "set_unmanaged", [](Ledger &self, std::uint64_t bytes) { check(self.set_unmanaged(bytes)); },
+            "set_unmanaged",
+            [](Ledger &self, std::uint64_t bytes) { check(without_gil([&] { return self.set_unmanaged(bytes); })); },
             nb::arg("bytes"))
         .def_prop_ro("path", &Ledger::path);
     bind_tenant(module);

@@ -53,6 +53,7 @@ def pretend(cache: BlockCache, ids: list[int]) -> None:
         with pytest.raises(AccessDenied):
             call()
     assert cache.stats()["used_blocks"] == 0
+    assert cache._cache.pool.give_all() == []
     cache.close()
 
 
@@ -66,7 +67,9 @@ def test_a_forked_child_changes_nothing_of_its_parents_cache(tmp_path: Path) -> 
         array = np.from_dlpack(cache)  # type: ignore[arg-type]
         array[BLOCK : 33 * BLOCK] = 7
         mapped = cache.mapped_bytes
+        ticket = cache._cache.pool.ticket()
         in_a_child(lambda: pretend(cache, ids))
+        assert cache._cache.pool.ticket() == ticket  # in memory that the child shares
         assert cache.mapped_bytes >= mapped  # a stock may have been mapped meanwhile
         assert (array[BLOCK : 33 * BLOCK] == 7).all()
         more = cache.alloc(8)

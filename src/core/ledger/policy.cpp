@@ -136,7 +136,7 @@ World survey(const Snapshot &snapshot) noexcept {
         held += figures.held;
         world.aged = world.aged || (figures.want > 0 && figures.rank.aged);
         owed += figures.owed;
-        world.coming += std::min(signed_bytes(claim.leaving), signed_bytes(claim.leased));
+        if (!claim.stalled) world.coming += std::min(signed_bytes(claim.leaving), signed_bytes(claim.leased));
         world.wanted += figures.beyond;
         world.reclaimable += figures.reclaimable;
     }
@@ -379,7 +379,7 @@ Asks asks(const Snapshot &snapshot) noexcept {
         const Figures &figures = world.of[at];
         anybody_waits = anybody_waits || figures.waits();
         const bool silent = claim.ask_open_ns != 0 && snapshot.now_ns > claim.ask_open_ns + kAnswerNs;
-        if (silent) continue;
+        if (silent || claim.stalled) continue;
         const Bytes leaving = std::min(signed_bytes(claim.leaving), signed_bytes(claim.leased));
         const Bytes stays = signed_bytes(claim.leased) - leaving;
         taking.room[at] = std::min(above(figures.held - leaving, signed_bytes(claim.floor)), stays);

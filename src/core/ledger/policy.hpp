@@ -35,7 +35,8 @@
 // of a tenant that waits, or was refused bytes within kDemandLifetimeNs and has been granted a part since. What the
 // operator orders of one tenant, to come under a limit or to trim, is asked of it besides, whoever waits; a trim takes
 // no more than is mapped free or cached, and nothing from under the floor. A tenant that has not answered an ask for
-// kAnswerNs is passed over until it does.
+// kAnswerNs is passed over until it does; so is one whose bytes have been leaving for kStalledNs and do not become
+// less, and nobody counts on those.
 #pragma once
 
 #include <array>
@@ -49,6 +50,7 @@ inline constexpr std::uint64_t kDemandLifetimeNs = 100'000'000;  // after its la
 inline constexpr std::uint64_t kAgeingNs = 1'000'000'000;
 inline constexpr std::uint64_t kActiveNs = 1'000'000'000;
 inline constexpr std::uint64_t kAnswerNs = 500'000'000;
+inline constexpr std::uint64_t kStalledNs = 2'000'000'000;
 
 // A living tenant, as the policy sees it. Bytes below 2^48; times on the snapshot's clock.
 struct Claim {
@@ -64,6 +66,7 @@ struct Claim {
     std::uint64_t demand_since_ns = 0, demand_seen_ns = 0;  // the latter may outlast it where the floor is not met
     std::uint64_t used = 0, cached = 0, mapped_free = 0;
     std::uint64_t leaving = 0;      // leased still, and being unmapped
+    bool stalled = false;           // and so for kStalledNs: nobody may count on them
     std::uint64_t active_ns = 0;    // last sign of work
     std::uint64_t ask_open_ns = 0;  // unanswered ask since; 0: none
     bool limit_now = false;

@@ -155,6 +155,14 @@ bool Table::over_capacity() noexcept {
     return held > bound.value();
 }
 
+// A device that hangs lets go of nothing. A look long after the last one begins anew: it may be another departure.
+bool Table::Leaving::stalled(std::uint64_t now_leaving, std::uint64_t now_ns) noexcept {
+    if (bytes == 0 || now_leaving < bytes || now_ns > looked_ns + policy::kAgeingNs) since_ns = now_ns;
+    bytes = now_leaving;
+    looked_ns = now_ns;
+    return bytes != 0 && now_ns > since_ns + policy::kStalledNs;
+}
+
 policy::Snapshot Table::snapshot(std::uint64_t capacity) {
     policy::Snapshot snapshot;
     snapshot.now_ns = now_ns();
@@ -182,6 +190,7 @@ policy::Snapshot Table::snapshot(std::uint64_t capacity) {
         claim.used = amount(one.used);
         claim.cached = amount(one.cached);
         claim.leaving = amount(one.leaving);
+        claim.stalled = leaving_[static_cast<std::size_t>(slot)].stalled(claim.leaving, snapshot.now_ns);
         claim.mapped_free = amount(one.mapped_free);
         claim.active_ns = get(one.active_ns);
         claim.ask_open_ns = get(one.ask_open_ns);

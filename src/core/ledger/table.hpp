@@ -1,6 +1,7 @@
 // One mapped ledger file: its checks, its mutex, its rows, and the burial of the dead.
 #pragma once
 
+#include <array>
 #include <memory>
 #include <string>
 
@@ -97,6 +98,13 @@ class Table {
     UniqueFd alive_;
     File *file_ = nullptr;
     std::uint64_t inode_ = 0;
+
+    // How long what a tenant unmaps has not become less, as far as this process has looked. Under the lock.
+    struct Leaving {
+        std::uint64_t bytes = 0, since_ns = 0, looked_ns = 0;
+        bool stalled(std::uint64_t now_leaving, std::uint64_t now_ns) noexcept;
+    };
+    std::array<Leaving, kMaxTenants> leaving_{};
 };
 
 // [A-Za-z0-9._:-], 1 to 63 bytes, not beginning with a dot.

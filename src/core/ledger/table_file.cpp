@@ -121,7 +121,11 @@ Status Table::check_unused(bool stale) const {
 }
 
 Status Table::check_current() const {
-    if (directory_.inode(file_name()) == inode_) return {};
+    if (directory_.inode(file_name()) == inode_) {
+        if (directory_.inode(alive_name()) == file_->header.constant.alive_inode) return {};
+        return {Code::corrupt, quoted(alive_name()) + " beside " + quoted(path_) +
+                                   " was removed or replaced: nobody could see who lives" + kRemedy};
+    }
     return {Code::corrupt, quoted(path_) + " was removed or replaced since it was opened; open the ledger again"};
 }
 

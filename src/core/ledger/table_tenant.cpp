@@ -47,13 +47,16 @@ void TableTenant::leave() noexcept {
     while (inside_.load() != 0) sched_yield();
     Result<TableGuard> guard = table_.lock("leaving the ledger");
     (void)fault::point("ledger.leave.locked");
-    put(row().mapped[static_cast<std::size_t>(member_)], 0);
-    put(row().static_used[static_cast<std::size_t>(member_)], 0);
+    const bool gone = removed();  // the row may be another's by now
+    if (!gone) {
+        put(row().mapped[static_cast<std::size_t>(member_)], 0);
+        put(row().static_used[static_cast<std::size_t>(member_)], 0);
+    }
     unlock_byte(fd_->get(), alive_byte(slot_, member_));
     fd_->close();
     (void)fault::point("ledger.leave.unlocked");
     // Without the mutex the row stays as it is, and the next one who looks finds nobody behind it.
-    if (guard.ok() && !slot_alive(table_.alive_fd(), slot_)) {
+    if (guard.ok() && !gone && !slot_alive(table_.alive_fd(), slot_)) {
         table_.bury(slot_);
         futex_ring(table_.header().limits);
     }
@@ -62,19 +65,20 @@ void TableTenant::leave() noexcept {
 
 TableTenant::Entry::Entry(TableTenant &tenant) noexcept : tenant_(tenant) {
     tenant_.inside_.fetch_add(1);
-    ours_ = tenant_.epoch_ == fork_epoch() && !tenant_.left_.load();
+    ours_ = tenant_.epoch_ == fork_epoch() && !tenant_.left_.load() && !tenant_.removed();
 }
 
 policy::Verdict TableTenant::decide(std::uint64_t bytes, policy::Snapshot &snapshot, std::uint64_t capacity,
                                     int &index) {
     snapshot = table_.snapshot(capacity);
     index = snapshot.find(slot_);
+    if (index < 0) return policy::Verdict::capacity;
     policy::Verdict verdict = policy::decide(snapshot, index, bytes);
     if (verdict == policy::Verdict::grant || verdict == policy::Verdict::limit) return verdict;
     if (table_.reap() == 0) return verdict;  // nobody has died: the refusal stands
     snapshot = table_.snapshot(capacity);
     index = snapshot.find(slot_);
-    return policy::decide(snapshot, index, bytes);
+    return index < 0 ? policy::Verdict::capacity : policy::decide(snapshot, index, bytes);
 }
 
 Status TableTenant::take(Word &word, std::uint64_t bytes, bool ring, std::uint64_t backlog) {
@@ -92,6 +96,7 @@ Status TableTenant::take(Word &word, std::uint64_t bytes, bool ring, std::uint64
         if (!capacity.ok()) return capacity.status();
         int index = -1;
         verdict = decide(bytes, snapshot, *capacity, index);
+        if (index < 0) return not_ours();
         if (verdict == policy::Verdict::grant) {
             (void)fault::point("ledger.lease.decided");
             word.fetch_add(bytes, std::memory_order_acq_rel);
@@ -119,6 +124,11 @@ Status TableTenant::take(Word &word, std::uint64_t bytes, bool ring, std::uint64
 Status TableTenant::not_ours() const {
     if (epoch_ != fork_epoch()) {
         return {Code::denied, "this tenant belongs to the parent process; a forked child must attach itself"};
+    }
+    if (!left_.load() && removed()) {
+        return {Code::denied,
+                "this tenant was removed from the ledger while it lived, for its lock was gone; what it "
+                "holds is not counted any more: restart the engine"};
     }
     return {Code::denied, "this tenant has left the ledger; join again"};
 }
@@ -275,6 +285,8 @@ bool TableTenant::excess() noexcept {
 bool TableTenant::pressed() noexcept {
     const Entry entry(*this);
     if (!entry.ours()) return false;
+    // Also when whoever asked has been served meanwhile: unanswered, it would stand as one that was passed over.
+    if (get(row().ask_open_ns) != 0) return true;
     const std::uint64_t waiting = get(table_.header().demanders) & ~(std::uint64_t{1} << slot_);
     if (waiting != 0) {
         policy::Claim claim;

@@ -74,6 +74,8 @@ class TableTenant final : public Tenant {
         bool ours_;
     };
     static Trim as_trim(const Revised &order) noexcept;
+    // Buried while this process lives: its lock's file was swapped or its descriptor closed behind our back.
+    bool removed() const noexcept { return row().incarnation.load(std::memory_order_relaxed) != incarnation_; }
     Status not_ours() const;
     bool excess() noexcept;
     void drop_demand() noexcept;

@@ -171,15 +171,20 @@ void Rank::run() noexcept {
         }
         futex_wait(header.order_bell, seen, fences_pending || !clearing_.empty() ? kFencePollUs : kIdleWaitUs);
     }
-    for (Clearing &one : clearing_) wait_cleared(one.fences);
+    const std::uint64_t until = deadline_ns();  // one for all of them: somebody waits for this thread
+    for (Clearing &one : clearing_) wait_cleared(one.fences, until);
     clearing_.clear();
     std::int64_t freed = 0;
+    std::int64_t kept = 0;
     for (auto &[page, extent] : extents_) {
-        freed += static_cast<std::int64_t>(extent_bytes(extent.pages));
-        if (const Status status = take_down(extent); !status.ok()) note_failure(status.message());
+        const auto bytes = static_cast<std::int64_t>(extent_bytes(extent.pages));
+        const Status status = take_down(extent);
+        // What the driver did not let go is on the device, and stays leased until the process ends.
+        (status.ok() ? freed : kept) += bytes;
+        if (!status.ok()) note_failure(status.message());
     }
     extents_.clear();
-    slot_.mapped_bytes.store(0, std::memory_order_relaxed);
+    slot_.mapped_bytes.store(static_cast<std::uint64_t>(kept), std::memory_order_relaxed);
     if (freed != 0) {
         hooks_.mapped(-freed);
         hooks_.give(static_cast<std::uint64_t>(freed));
@@ -226,12 +231,13 @@ bool Rank::poll_clearing() noexcept {
 }
 
 // Before memory is taken away again; a device that does not answer within the deadline keeps it.
-void Rank::wait_cleared(std::vector<std::unique_ptr<Fence>> &fences) const noexcept {
-    const std::uint64_t until = monotonic_ns() + options_.deadline_ms * 1'000'000U;
+std::uint64_t Rank::deadline_ns() const noexcept { return monotonic_ns() + options_.deadline_ms * 1'000'000U; }
+
+void Rank::wait_cleared(std::vector<std::unique_ptr<Fence>> &fences, std::uint64_t until_ns) const noexcept {
     for (const auto &fence : fences) {
         for (;;) {
             const Result<bool> done = fence->done();
-            if (!done.ok() || done.value() || monotonic_ns() >= until) break;
+            if (!done.ok() || done.value() || monotonic_ns() >= until_ns) break;
             std::this_thread::yield();
         }
     }
@@ -361,7 +367,7 @@ Status Rank::map_or_undo(std::uint32_t page, Extent &extent, std::vector<std::un
                          bool *undone) {
     Status status = map_pieces(page, extent, clearing);
     if (status.ok()) return status;
-    wait_cleared(clearing);
+    wait_cleared(clearing, deadline_ns());
     clearing.clear();
     *undone = take_down(extent).ok();
     return status;

@@ -108,7 +108,8 @@ class Rank {
     void keep(std::uint32_t page, Extent extent) noexcept;
     bool poll_clearing() noexcept;
     bool being_cleared(std::uint32_t page, std::uint32_t generation) const noexcept;
-    void wait_cleared(std::vector<std::unique_ptr<Fence>> &fences) const noexcept;
+    std::uint64_t deadline_ns() const noexcept;
+    void wait_cleared(std::vector<std::unique_ptr<Fence>> &fences, std::uint64_t until_ns) const noexcept;
     void count(bool mapped, std::uint64_t start_ns) noexcept;
     void answer(std::uint32_t page, std::uint32_t generation, So so) noexcept;
     void note_failure(const std::string &text) noexcept;

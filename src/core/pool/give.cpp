@@ -173,6 +173,7 @@ void Pool::answer_asked() noexcept {
 
 std::vector<std::uint32_t> Pool::give_all() {
     std::vector<std::uint32_t> evicted;
+    if (origin_.elsewhere()) return evicted;
     const std::scoped_lock lock(mutex_);
     poll_locked();
     const std::uint64_t ticket = table_->header().ticket.load(std::memory_order_relaxed) + 1;
