@@ -24,6 +24,7 @@ from typing import IO, Any, Final, Literal
 
 from elastickv.config import process_environment
 from engines.kinds import KINDS, Kind, Name
+from engines.warm import Process, Warm
 
 Prompt = list[int] | str
 Damage = Literal["none", "corrupt", "corrupt_all", "unmap"]
@@ -35,6 +36,8 @@ CORES: Final = sorted(os.sched_getaffinity(0), reverse=process_environment().get
 """To bind engines to. The second of two workers begins with the last one: one engine of each has a core to itself."""
 UNDER_SECONDS: Final = 90.0
 """A checker writes its summary when the process has ended in order."""
+_WARM: Final[dict[Name, tuple[dict[str, str], Warm]]] = {}
+"""With the variables that its imports have read. A job with others has a new interpreter."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class Job:
     kind: Name = "vllm"
     under: Sequence[str] = ()
     """A program and its arguments that runs the engine's process, such as a checker of memory accesses."""
+    warm: bool = False
+    """Whether its process may be a fork of one that has imported the engine, see warm.py: 15 s less in each."""
 
     def message(self) -> dict[str, Any]:
         return {
@@ -157,7 +162,7 @@ class EngineFailed(Exception):
 class Engine:
     """A running engine. Not thread-safe. `pids` are its processes, known once it is ready."""
 
-    def __init__(self, job: Job, process: subprocess.Popen[str], events: IO[bytes], log: Path) -> None:
+    def __init__(self, job: Job, process: subprocess.Popen[str] | Process, events: IO[bytes], log: Path) -> None:
         self.job = job
         self.process = process
         self.pids: list[int] = []
@@ -247,20 +252,9 @@ def start(job: Job) -> Iterator[Engine]:
         os.fdopen(inward, "rb", buffering=0) as events,
     ):
         log = Path(place, "log")
-        kind = KINDS[job.kind]
-        command = [*job.under, sys.executable, str(kind.child), str(outward)]
         try:
             with log.open("wb") as file:
-                process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.PIPE,
-                    stdout=file,
-                    stderr=file,
-                    env=_environment(kind, job, Path(place)),
-                    text=True,
-                    pass_fds=[outward],
-                    start_new_session=True,
-                )
+                process = _process(job, Path(place), file, outward)
         finally:
             os.close(outward)
         try:
@@ -271,6 +265,30 @@ def start(job: Job) -> Iterator[Engine]:
             yield engine
         finally:
             _end(process, UNDER_SECONDS if job.under else END_SECONDS)
+
+
+def _process(job: Job, place: Path, log: IO[bytes], events: int) -> subprocess.Popen[str] | Process:
+    kind = KINDS[job.kind]
+    environment = _environment(kind, job, place)
+    command = [str(kind.child), str(events)]
+    if job.warm and not job.under and (job.core is not None or not kind.threads(0)):  # a thread more cannot be forked
+        late = ("ELASTICKV", "PYTEST_", "PYTHONPATH", "ENGINE_TEST_PLACE", *kind.late)
+        early = {name: value for name, value in environment.items() if not name.startswith(late)}
+        if kind.name not in _WARM:
+            _WARM[kind.name] = early, Warm(kind.modules, environment)
+        if _WARM[kind.name][0] == early:
+            spares = kind.spares(environment, {**kind.arguments, **job.engine})
+            return _WARM[kind.name][1].start(command, environment, log, events, spares)
+    return subprocess.Popen(
+        [*job.under, sys.executable, *command],
+        stdin=subprocess.PIPE,
+        stdout=log,
+        stderr=log,
+        env=environment,
+        text=True,
+        pass_fds=[events],
+        start_new_session=True,
+    )
 
 
 def run(job: Job) -> Result:
@@ -296,7 +314,7 @@ def _environment(kind: Kind, job: Job, place: Path) -> dict[str, str]:
     return environment
 
 
-def _end(process: subprocess.Popen[str], seconds: float) -> None:
+def _end(process: subprocess.Popen[str] | Process, seconds: float) -> None:
     """Some seconds to leave in order, then the whole group is killed."""
     if process.stdin is not None:
         with suppress(OSError):

@@ -22,8 +22,10 @@ class Kind:
     """One engine. `arguments` and `environment` lie under a job's own; `private`: prefixes of variables that it reads.
 
     `path`: folders that its processes import from. `threads`: variables that bind it to one core. `plugin`: a variable
-    that, set to "elastickv", lets the plug-in in; in `environment` it keeps every plug-in out. `points`: entry points
-    that are there only for tests, in the form of an entry_points.txt.
+    that, set to "elastickv", lets the plug-in in; in `environment` it keeps every plug-in out. `modules`: what a warm
+    process imports, `late`: variables that these imports do not read, `spares`: how many processes an engine with this
+    environment and these arguments spawns itself, all as in warm.py. `points`: entry points that are there only for
+    tests, in the form of an entry_points.txt.
     """
 
     name: Name
@@ -34,6 +36,9 @@ class Kind:
     path: tuple[Path, ...]
     threads: Callable[[int], dict[str, str]]
     plugin: str
+    modules: tuple[str, ...]
+    late: tuple[str, ...]
+    spares: Callable[[dict[str, str], dict[str, Any]], int]
     points: str = ""
 
 
@@ -69,6 +74,14 @@ VLLM: Final = Kind(
         "MKL_NUM_THREADS": "1",
     },
     plugin="VLLM_PLUGINS",
+    modules=("vllm.entrypoints.llm",),
+    late=(
+        "VLLM_PLUGINS",
+        "VLLM_CPU_OMP_THREADS_BIND",
+        "VLLM_ENABLE_V1_MULTIPROCESSING",
+        "VLLM_WORKER_MULTIPROC_METHOD",
+    ),
+    spares=lambda environment, _: int(environment.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1")),
 )
 
 STUBS: Final = () if importlib.util.find_spec("torchvision") else (HERE / "sgl/stubs",)
@@ -109,6 +122,9 @@ SGLANG: Final = Kind(
     path=(*STUBS, HERE),
     threads=lambda core: {},
     plugin="SGLANG_PLUGINS",
+    modules=("sglang.srt.entrypoints.engine",),
+    late=("SGLANG_PLUGINS", "SGLANG_CPU_OMP_THREADS_BIND"),
+    spares=lambda _, arguments: arguments.get("tp_size", 1) * arguments.get("pp_size", 1) + 1,  # and the detokenizer
     points="[sglang.srt.plugins]\nelastickv_tests = sgl.inside:register\n",
 )
 

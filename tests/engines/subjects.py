@@ -78,9 +78,8 @@ class Subject:
     def job(self, model: Path, rounds: Any, environment: dict[str, str] | None = None, **changes: Any) -> Job:
         engine = {**self.engine, **changes.pop("engine", {})}
         environment = self.one_process if environment is None else environment
-        return Job(
-            model, rounds, kind=self.kind, engine=engine, environment=environment, **{"core": CORES[0], **changes}
-        )
+        changes = {"core": CORES[0], "warm": True, **changes}
+        return Job(model, rounds, kind=self.kind, engine=engine, environment=environment, **changes)
 
 
 VLLM: Final = Subject(
@@ -89,7 +88,7 @@ VLLM: Final = Subject(
         "skip_tokenizer_init": True,
         "max_num_seqs": 12,
         "kv_cache_memory_bytes": 256 << 20,
-        "kv_events_config": {"enable_kv_cache_events": True},
+        "kv_events_config": {"enable_kv_cache_events": True, "endpoint": "inproc://kv-events"},
     },
     block_tokens=32,
     uncached={"enable_prefix_caching": False},

@@ -24,8 +24,7 @@ PROMPTS = TINY_PROMPTS
 
 
 def tiny_job(model: Path, **changes: Any) -> Job:
-    engine = {"kv_events_config": None, **changes.pop("engine", {})}  # its port is one engine's at a time
-    return VLLM.job(model, [PROMPTS, PROMPTS], engine=engine, **changes)
+    return VLLM.job(model, [PROMPTS, PROMPTS], **changes)
 
 
 def test_the_tiny_model_answers_with_many_tokens(plain_vllm: Result) -> None:

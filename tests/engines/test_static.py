@@ -6,7 +6,6 @@ import os
 import re
 import signal
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,8 +27,6 @@ CAPACITY = BLOCKS * BLOCK
 ESTIMATE = "2.5 MiB"
 """Of the tiny model's matrices. In memory it has half a MiB of rotations besides, which no file holds."""
 TAKEN = range(3_150_000, 3_151_000)
-_QUIET = {name: value for name, value in VLLM.engine.items() if name != "kv_events_config"}  # its port is one's alone
-SEVERAL = [pytest.param(replace(VLLM, engine=_QUIET), marks=pytest.mark.vllm, id="vllm"), *EACH[1:]]
 
 
 @pytest.fixture
@@ -52,7 +49,7 @@ def demand(directory: Path, name: str) -> int:
         return 0
 
 
-@pytest.mark.parametrize("subject", SEVERAL)
+@pytest.mark.parametrize("subject", EACH)
 def test_two_start_at_one_moment_and_a_third_finds_no_room(
     subject: Subject, tiny_llama: Path, plain: list[list[int]], directory: Path
 ) -> None:
