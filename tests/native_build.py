@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -59,10 +62,28 @@ def build(kind: str, *targets: str) -> Path:
     options = ["-DELASTICKV_BINDINGS=OFF", "-DELASTICKV_NATIVE_TESTS=ON", f"-DELASTICKV_SANITIZE={sanitizer}"]
     if sanitizer:  # reports are easier to read, and compiling takes half as long
         options.append("-DCMAKE_CXX_FLAGS_RELEASE=-O1")
-    run_native([cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", *options], BUILD_S, PATH=path)
     chosen = ["--target", *targets] if targets else []
-    run_native([cmake, "--build", str(folder), "--parallel", str(os.cpu_count() or 1), *chosen], BUILD_S, PATH=path)
+    with _alone_in(folder):
+        run_native([cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", *options], BUILD_S, PATH=path)
+        run_native([cmake, "--build", str(folder), "--parallel", str(os.cpu_count() or 1), *chosen], BUILD_S, PATH=path)
     return folder
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Waits until no other process builds in the folder: scripts/test compiles ahead, and two workers may want one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + BUILD_S
+    with (folder / ".building").open("w") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    pytest.fail(f"another process has been building in {folder} for {BUILD_S} s", pytrace=False)
+                time.sleep(0.2)
+        yield
 
 
 def standin_libraries(folder: Path) -> Path:

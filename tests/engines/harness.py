@@ -36,6 +36,10 @@ CORES: Final = sorted(os.sched_getaffinity(0), reverse=process_environment().get
 """To bind engines to. The second of two workers begins with the last one: one engine of each has a core to itself."""
 UNDER_SECONDS: Final = 90.0
 """A checker writes its summary when the process has ended in order."""
+LATE: Final = ("ELASTICKV", "PYTEST_", "PYTHONPATH", "ENGINE_TEST_PLACE", "XDG_RUNTIME_DIR")
+"""Variables that importing an engine does not read."""
+_AT_START: Final = frozenset(process_environment())
+"""Names. An engine that a test imports into this process sets others, which are not every engine's."""
 _WARM: Final[dict[Name, tuple[dict[str, str], Warm]]] = {}
 """With the variables that its imports have read. A job with others has a new interpreter."""
 
@@ -272,7 +276,7 @@ def _process(job: Job, place: Path, log: IO[bytes], events: int) -> subprocess.P
     environment = _environment(kind, job, place)
     command = [str(kind.child), str(events)]
     if job.warm and not job.under and (job.core is not None or not kind.threads(0)):  # a thread more cannot be forked
-        late = ("ELASTICKV", "PYTEST_", "PYTHONPATH", "ENGINE_TEST_PLACE", *kind.late)
+        late = (*LATE, *kind.late)
         early = {name: value for name, value in environment.items() if not name.startswith(late)}
         if kind.name not in _WARM:
             _WARM[kind.name] = early, Warm(kind.modules, environment)
@@ -299,7 +303,11 @@ def run(job: Job) -> Result:
 
 def _environment(kind: Kind, job: Job, place: Path) -> dict[str, str]:
     strange = ("ELASTICKV", *kind.private)
-    own = {name: value for name, value in process_environment().items() if not name.startswith(strange)}
+    own = {
+        name: value
+        for name, value in process_environment().items()
+        if not name.startswith(strange) and (name in _AT_START or name.startswith(LATE))
+    }
     threads = {} if job.core is None else kind.threads(job.core)
     environment = {**own, **kind.environment, **threads, **job.environment}
     path = [str(folder) for folder in kind.path]

@@ -210,6 +210,22 @@ TEST("pool orders: waits for the neighbours are measured, granted or not") {
     CHECK_EQ(world.tenant->samples[static_cast<std::size_t>(Latency::map)].load(), 0U);  // the fixture has no hook
 }
 
+TEST("pool orders: where every address is in use no neighbour is waited for") {
+    Shape shape = one_block_a_page();
+    shape.blocks = 10;
+    shape.wait_us = 1'000'000;
+    World world(shape);
+    const auto ids = world.alloc(9);
+    CHECK_EQ(ids.size(), 9U);
+    const auto start = monotonic_ns();
+    CHECK_EQ(world.pool->ensure(1), 0U);
+    CHECK(monotonic_ns() - start < 900'000'000);
+    CHECK_EQ(world.tenant->samples[static_cast<std::size_t>(Latency::lease_wait)].load(), 0U);
+    CHECK_OK(world.pool->release(ids, false));
+    CHECK_EQ(world.pool->ensure(9), 9U);
+    CHECK_OK(world.pool->check_integrity());
+}
+
 TEST("pool orders: a lease on its way back is no broken book, and one that is missing is") {
     World world(one_block_a_page());
     const auto ids = world.alloc(1);

@@ -216,7 +216,8 @@ bool Pool::grow(std::uint32_t shortfall, bool ring, Status *why) {
         const std::vector<Run> runs = plan(shortfall, num_pages_, exact);
         const std::uint64_t pages = pages_in(runs);
         if (pages == 0) {
-            *why = {Code::unavailable, "every page of the virtual range is in use"};
+            // Only what is on its way out is worth a wait; no neighbour can help.
+            *why = {transit_.empty() ? Code::limit : Code::unavailable, "every page of the virtual range is in use"};
             return false;
         }
         if (pages == refused) return false;
