@@ -235,6 +235,7 @@ def main() -> None:
     threads = len(list(Path("/proc/self/task").iterdir()))
     if threads > 1 or "elastickv" in sys.modules:
         sys.exit(f"importing {sys.argv[2:]} has begun {threads - 1} threads or imported elastickv: no state to fork")
+    importlib.import_module("setproctitle").getproctitle()  # looks for its place now: not without an environment
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     channel.send(READY)
     order = serve(channel)

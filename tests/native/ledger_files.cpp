@@ -331,21 +331,26 @@ TEST("ledger files: a creator that dies leaves nothing in the way") {
 TEST("ledger files: many creators at once agree on one file") {
     for (int round = 0; round < 10; ++round) {
         Directory directory;
+        Signal seen, leave;
         std::vector<std::unique_ptr<Child>> children;
         for (int i = 0; i < 8; ++i) {
             children.push_back(std::make_unique<Child>([&, i] {
                 auto ledger = open(directory, 8 * MiB, 20000);
                 auto tenant = join(ledger, "t" + std::to_string(i));
                 CHECK_OK(tenant->lease(MiB, false));
-                while (true) {
+                const auto all_leased = [&] {
                     std::uint64_t leased = 0;
                     for (const TenantView &row : rows_of(ledger)) leased += row.leased;
-                    if (leased == 8 * MiB) break;
-                    usleep(1000);
-                }
-                usleep(20000);  // until the others have seen it too
+                    return leased == 8 * MiB;
+                };
+                for (int tries = 0; tries < 15'000 && !all_leased(); ++tries) usleep(1000);
+                CHECK(all_leased());
+                seen.send();
+                leave.receive();  // nobody leaves before all have seen all
             }));
         }
+        for (std::size_t i = 0; i < children.size(); ++i) seen.receive();
+        for (std::size_t i = 0; i < children.size(); ++i) leave.send();
         for (auto &child : children) CHECK_EQ(child->wait(), 0);
     }
 }
