@@ -73,6 +73,7 @@ def test_without_an_admin_key_foreign_pages_cannot_use_the_visitors_browser() ->
         assert sleep(**own, content_type="application/json; charset=utf-8", origin=f"http://{own['host']}") == 200
         assert sleep(**own, content_type="text/plain") == 403
         assert sleep(**own, content_type="application/json", origin="http://evil.example") == 403
+        assert sleep(**own, content_type="application/json", origin="http://[") == 403
         assert sleep(host=f"evil.example:{front.port}", content_type="application/json") == 403
         assert ask(front, "/admin/models", headers={"host": "evil.example"}).status_code == 403
         assert ask(front, "/admin/models", headers={"host": "localhost"}).status_code == 200

@@ -99,6 +99,11 @@ def test_a_model_that_cannot_be_started_is_told_with_its_last_lines(
     assert failed.code == EngineRefused.exit_code
     assert "exit code 3" in failed.err
     assert "cannot find the weights" in failed.err
+    odd = ["sh", "-c", "echo 'ValueError: unknown tag [/INST] in [red] template'; exit 3"]
+    assert cli("model", "add", "d", f"command={json.dumps(odd)}", "--dir", directory).code == EngineRefused.exit_code
+    listed = cli("model", "list", "--dir", directory)
+    assert listed.code == 0
+    assert "[/INST]" in listed.out, "what an engine says is no markup"
     assert running.ask("a").status_code == 200
 
 

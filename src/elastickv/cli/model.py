@@ -176,4 +176,4 @@ def _print(models: list[ModelView]) -> None:
         since = format_seconds(round(max(0.0, now - model.since)))
         counts = (str(model.outstanding), str(model.queued))
         table.add_row(model.name, model.state.value, since, *counts, model.reason[:_REASON])
-    Console(highlight=False).print(table)
+    Console(highlight=False, markup=False).print(table)

@@ -1,12 +1,14 @@
 """Who may do what: client keys for models, the admin key for models' lives, and neither for /health and /ready.
 
 Keys come from files or from the environment, never from the command line, where other users of the machine could read
-them. They are compared by digests, in constant time. Without an admin key the admin API is there for this machine only,
-and only for requests that no foreign web page can make a browser send.
+them. They are compared by digests, in constant time. Without an admin key the admin API is there for the gateway's own
+user and root on this machine only (it starts programs), and only for requests that no foreign web page can make a
+browser send.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import ipaddress
@@ -23,6 +25,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from elastickv.errors import AccessDenied, ConfigError
 from elastickv.gateway.body import Headers, header
 from elastickv.gateway.errors import Refused, response_of
+from elastickv.gateway.peer import owner_of
 
 __all__ = ["Guard", "Keys", "is_loopback", "keys_of_file", "load_keys"]
 
@@ -128,6 +131,8 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refused = self._refusal(scope) if scope["type"] == "http" else None
+        if refused is None and scope["type"] == "http" and self._keys.admin is None and _is_admin(scope["path"]):
+            refused = await asyncio.to_thread(self._stranger, scope)
         if refused is None:
             await self._app(scope, receive, send)
         else:
@@ -138,7 +143,7 @@ class Guard:
         if path in OPEN_PATHS or path.startswith(OPEN_FOLDER):
             return None
         key = _key(scope["headers"])
-        if path == "/admin" or path.startswith("/admin/"):
+        if _is_admin(path):
             return self._admin_refusal(scope, key)
         if self._keys.admits_client(key):
             return None
@@ -160,11 +165,31 @@ class Guard:
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
         if name not in self._names:
             return _foreign(f"Host is {host[:100]!r}, which is no name of this machine's own")
-        if origin is not None and urlsplit(origin.decode("latin-1")).netloc != host:
+        if origin is not None and _site(origin.decode("latin-1")) != host:
             return _foreign("Origin is another site")
         kind = (header(scope["headers"], b"content-type") or b"").partition(b";")[0].strip().lower()
         if scope["method"] in ("POST", "PUT", "PATCH") and kind != b"application/json":
             return _foreign("content-type is not application/json")
+        return None
+
+    def _stranger(self, scope: Scope) -> Refused | None:
+        """Another user of this machine could have any program started as this one."""
+        peer, own = scope.get("client"), scope.get("server")
+        owner = owner_of(tuple(peer), tuple(own)) if peer and own else None
+        if owner in (0, os.geteuid()):
+            return None
+        whose = "nobody known" if owner is None else f"user {owner}"
+        return _foreign(f"this connection is of {whose}, and the gateway of user {os.geteuid()}; set an admin key")
+
+
+def _is_admin(path: str) -> bool:
+    return path == "/admin" or path.startswith("/admin/")
+
+
+def _site(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:  # such as http://[
         return None
 
 
@@ -183,5 +208,5 @@ def _unknown_key(whose: str, key: bytes | None) -> Refused:
 
 def _foreign(why: str) -> Refused:
     return Refused(
-        f"without an admin key only this machine's own requests are taken: {why}", status=403, code="foreign"
+        f"without an admin key only requests of this machine and user are taken: {why}", status=403, code="foreign"
     )

@@ -116,7 +116,9 @@ class Lifecycle:
             return Unavailable(f"model {self.spec.name} is {self._closing or 'being stopped'}")
         except Exception as error:  # the border of a transaction: the model must not stay between two states
             _logger.exception("%s: a transaction failed", self.spec.name)
+            await self._end_revivals()
             await asyncio.gather(*(replica.kill() for replica in self.replicas), return_exceptions=True)
+            self._pause()
             if State.FAILED is not self.state is not State.STOPPED:
                 self._machine.move(State.FAILED, f"the gateway failed: {type(error).__name__}")
             return IntegrityError(
@@ -153,8 +155,9 @@ class Lifecycle:
             self._machine.move(State.ASLEEP, "found asleep")
         else:
             self._machine.move(State.READY, "all replicas serve" if not errors else f"{len(errors)} replicas failed")
-        for replica in self.replicas:
-            self._watch(replica)
+        for replica, outcome in zip(self.replicas, outcomes, strict=True):
+            if not isinstance(outcome, BaseException):
+                self._watch(replica)  # one may have ended already, while others still started
 
     async def _start_one(self, replica: Engine, record: Record | None) -> bool:
         """Whether it was found, and sleeps."""
@@ -173,11 +176,15 @@ class Lifecycle:
 
     async def _fail(self, reason: str, *, pause: bool = True) -> None:
         await asyncio.gather(*(replica.end() for replica in self.replicas))
-        patience = self._around.patience
         if pause:
-            self._retry_at = time.monotonic() + min(patience.retry * 2**self._failures, patience.retry_most)
-            self._failures += 1
+            self._pause()
         self._machine.move(State.FAILED, reason)
+
+    def _pause(self) -> None:
+        """Before it is tried again, longer after each failure."""
+        patience = self._around.patience
+        self._retry_at = time.monotonic() + min(patience.retry * 2**self._failures, patience.retry_most)
+        self._failures += 1
 
     async def _drain(self, seconds: float) -> None:
         self._empty.clear()
@@ -194,6 +201,7 @@ class Lifecycle:
         except Unavailable as error:
             self._machine.move(State.READY, error.message)
             raise
+        await self._end_revivals()
         replicas = [replica for replica in self.replicas if replica.ready]
         outcomes = await asyncio.gather(*(replica.sleep(_SLEEP_S) for replica in replicas), return_exceptions=True)
         errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
@@ -217,6 +225,7 @@ class Lifecycle:
         awake = await asyncio.gather(*(replica.healthy() for replica in replicas))
         for replica, well in zip(replicas, awake, strict=True):
             replica.ready = well and not await replica.is_asleep()
+        self.on_activity()  # not again at once
         if any(replica.ready for replica in replicas):
             self._machine.move(State.READY, f"it did not go to sleep: {error.message}")
         else:
@@ -258,6 +267,7 @@ class Lifecycle:
 
     async def _start_anew(self, reason: str) -> None:
         """Its engines are in no state that is known: they are ended and started again."""
+        await self._end_revivals()
         await asyncio.gather(*(replica.kill() for replica in self.replicas))
         await asyncio.gather(*(replica.end() for replica in self.replicas))
         self._machine.move(State.FAILED, reason)
@@ -273,6 +283,7 @@ class Lifecycle:
                     self._machine.move(State.READY, error.message)
                     raise
                 _logger.warning("%s; they are cut off", error.message)
+        await self._end_revivals()
         await asyncio.gather(*(replica.end() for replica in self.replicas))
         if self.state is not State.STOPPED:
             self._machine.move(State.STOPPED, reason)
@@ -281,7 +292,7 @@ class Lifecycle:
 
     def _watch(self, replica: Engine) -> None:
         process = replica.process
-        if process is not None and process.alive:
+        if process is not None:
             process.ended.add_done_callback(lambda ended: self._lost_one(replica, process, ended.result()))
 
     def _lost_one(self, replica: Engine, process: object, how: str) -> None:
@@ -298,14 +309,29 @@ class Lifecycle:
 
     def _revive(self, replica: Engine, how: str) -> None:
         """Starts a replica again beside the others, or the model if it was the last one."""
-        now = time.monotonic()
-        self._lost = [*(at for at in self._lost if now - at < _LOST_S), now]
         if self.state is State.READY and not any(one.ready for one in self.replicas):
             self._begin(self._replace, how)
         elif self.state is State.READY and replica.name not in self._revivals:
             task = asyncio.create_task(self._revived(replica), name=f"replica {replica.name}")
             self._revivals[replica.name] = task
             task.add_done_callback(lambda _: self._revivals.pop(replica.name, None))
+
+    def _count_loss(self) -> None:
+        """Of an engine that was looked at: a connection that broke is none."""
+        now = time.monotonic()
+        self._lost = [*(at for at in self._lost if now - at < _LOST_S), now]
+
+    async def _end_revivals(self) -> None:
+        """The transaction that calls it has the replicas to itself: what revivals have begun is ended."""
+        cut = dict(self._revivals)
+        if not cut:
+            return
+        for task in cut.values():
+            task.cancel()
+        await asyncio.wait(cut.values())
+        lost = [replica for replica in self.replicas if replica.name in cut and not replica.ready]
+        await asyncio.gather(*(replica.kill() for replica in lost), return_exceptions=True)
+        await asyncio.gather(*(replica.end() for replica in lost), return_exceptions=True)
 
     async def _replace(self, how: str) -> None:
         """The last replica is lost: look whether it really is, then start the model again, if it is not too often."""
@@ -314,7 +340,9 @@ class Lifecycle:
             replica.ready = await replica.healthy() and not await replica.is_asleep()
         if any(replica.ready for replica in replicas):
             return
+        self._count_loss()
         self._machine.move(State.FAILED, how)
+        await self._end_revivals()
         await asyncio.gather(*(replica.kill() for replica in self.replicas))
         await asyncio.gather(*(replica.end() for replica in self.replicas))
         if len(self._lost) > _LOST_MOST:
@@ -327,6 +355,7 @@ class Lifecycle:
             if replica.alive and await replica.healthy() and not await replica.is_asleep():
                 replica.ready = True
                 return
+            self._count_loss()
             await replica.kill()
             await replica.end()
             await replica.bring_up()

@@ -227,7 +227,7 @@ class Engine:
         """Whether it says that it can serve."""
         try:
             answer = await self._around.client.get(f"{self.url}{self._server.health}", timeout=timeout)
-        except httpx.HTTPError:
+        except (httpx.HTTPError, httpx.InvalidURL):
             return False
         return bool(answer.status_code == 200)
 
