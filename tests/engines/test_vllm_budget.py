@@ -74,6 +74,14 @@ def refusal(engine: Engine, *devices: Device) -> str:
     return str(caught.value)
 
 
+def test_a_model_without_a_cache_is_refused_with_that_reason() -> None:
+    engine = Engine(0)
+    assert not any(engine.specs)
+    assert refusal(engine) == (
+        "elastickv cannot manage this engine: its model has no KV cache; unset ELASTICKV to serve without it"
+    )
+
+
 def test_the_virtual_size_is_the_capacity() -> None:
     engine = Engine(4)
     made = engine.plan(host())

@@ -48,6 +48,12 @@ def groups(*kinds: str) -> list[Any]:
         "latent window": specs.SlidingWindowMLASpec(**common, sliding_window=WINDOW, dcp_sharded=False),
         "chunk": specs.ChunkedLocalAttentionSpec(**common, attention_chunk_size=WINDOW),
         "state": specs.MambaSpec(block_size=TOKENS, shapes=((4, 4),), dtypes=(torch.float32,)),
+        **{
+            f"aligned state, {drafts} drafts": specs.MambaSpec(
+                TOKENS, ((4, 4),), (torch.float32,), mamba_cache_mode="align", num_speculative_blocks=drafts
+            )
+            for drafts in (0, 3)
+        },
     }
     found = []
     for kind in kinds:
@@ -114,9 +120,9 @@ def test_a_request_is_counted_at_its_full_length() -> None:
 
 
 class World:
-    """vLLM's KVCacheManager for full attention and a window, over an elastic pool."""
+    """vLLM's KVCacheManager for full attention and another kind of layer, over an elastic pool."""
 
-    def __init__(self, directory: Path, *, hold: bool, caching: bool = True) -> None:
+    def __init__(self, directory: Path, *, hold: bool, caching: bool = True, other: str = "window") -> None:
         from vllm.utils.hashing import sha256
         from vllm.v1.core.kv_cache_manager import KVCacheManager
         from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -131,7 +137,7 @@ class World:
         self.cache = Cache.create(settings, num_blocks=BLOCKS, ranks=[RankGeometry("host", 1, BLOCK)])
         self.memory = RankMemory.attach(self.cache.rank_spec(0))
         self.cache.wait_ready(10)
-        kinds = groups("full", "window")
+        kinds = groups("full", other)
         planned = KVCacheConfig(num_blocks=BLOCKS, kv_cache_tensors=[], kv_cache_groups=kinds)
         self.manager: Any = KVCacheManager(
             planned, 4096, TOKENS, TOKENS, max_in_flight_tokens=64, enable_caching=caching
@@ -399,3 +405,45 @@ def test_an_engine_that_holds_and_caches_prefixes(gemma: Path, plain: Result, di
     from elastickv._core import Ledger
 
     assert read_device(Ledger.open(str(directory.with_name("held")), "host")).held == 0
+
+
+# --- what vLLM counts
+
+
+def test_a_count_below_zero_asks_for_nothing(worlds: Any) -> None:
+    """Drafts had taken a block of the state, and were dropped: there are more blocks than are needed."""
+    world = worlds(hold=False, other="aligned state, 3 drafts")
+    request = world.request(list(range(TOKENS - 2)))
+    assert world.start(request, TOKENS)
+    request.append_output_token_ids(7)
+    assert world.manager.allocate_slots(request, 1 + 3, num_lookahead_tokens=3) is not None
+    request.num_computed_tokens = TOKENS - 1
+    request.append_output_token_ids(7)
+    at = TOKENS - 1
+    count = world.manager.coordinator.get_num_blocks_to_allocate
+    assert count(request.request_id, TOKENS, ((), ()), 0, at, at, TOKENS) < 0
+    assert world.manager.allocate_slots(request, 1, num_lookahead_tokens=3) is not None
+
+
+def test_not_in_this_step_is_no_demand(worlds: Any) -> None:
+    """vLLM counts more than all blocks for a prefix whose state this step has only begun to cache."""
+    world = worlds(hold=False, other="aligned state, 0 drafts")
+    world.manager.new_step_starts()
+    prompt = list(range(4 * TOKENS))
+    assert world.start(world.request(prompt), len(prompt))
+    mapped = world.memory.mapped_bytes
+    later = world.request([*prompt, *range(TOKENS)])
+    assert not world.start(later, 5 * TOKENS)
+    assert (world.memory.mapped_bytes, world.pool.starved) == (mapped, False)
+    world.manager.new_step_starts()
+    assert world.start(later, 5 * TOKENS)
+
+
+def test_to_count_outside_of_an_admission_is_to_take_nothing(worlds: Any) -> None:
+    world = worlds(hold=False)
+    request = world.request(list(range(TOKENS)))
+    assert world.start(request, TOKENS)
+    mapped = world.memory.mapped_bytes
+    count = world.manager.coordinator.get_num_blocks_to_allocate
+    assert count(request.request_id, 40 * TOKENS, ((), ()), 0, TOKENS, TOKENS, 40 * TOKENS) > 30
+    assert world.memory.mapped_bytes == mapped

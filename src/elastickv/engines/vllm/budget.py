@@ -133,6 +133,10 @@ def plan(
     Shortens max_model_len to what fits in the budget if the user left its choice to vLLM (-1). Refuses if a block, or
     a request of max_model_len tokens, does not fit in the budget.
     """
+    if not any(specs):
+        raise EngineRefused(
+            "elastickv cannot manage this engine: its model has no KV cache; unset ELASTICKV to serve without it"
+        )
     probed = _probe(planner, config, specs)
     shapes = [geometry.read(one, rank.name) for one, rank in zip(probed, ranks, strict=True)]
     per_request = _blocks_of_request(config, probed, concurrency)

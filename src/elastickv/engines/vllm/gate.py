@@ -26,7 +26,7 @@ _BELOW: Final = (0, 34)
 
 _EXECUTORS: Final = frozenset({"mp", "uni"})
 
-CONNECTORS: Final = frozenset({"ExampleConnector", "OffloadingConnector"})
+CONNECTORS: Final = frozenset({"ExampleConnector"})
 """Connectors that copy block by block, of blocks that they hold a reference to. No other is known to be safe."""
 
 _MULTI: Final = "MultiConnector"
@@ -45,6 +45,7 @@ _REGISTERING: Final = {
     "HF3FSKVConnector": "copies from addresses that it keeps, on streams of its own",
     "ExampleHiddenStatesConnector": "reads blocks on a stream of its own when their request has given them up",
     "DecodeBenchConnector": "fills the whole cache at start",
+    "OffloadingConnector": "reads blocks on streams of its own when their request has given them up",
     "HiSparseConnector": "keeps reading blocks that it has given up",
     "SimpleCPUOffloadConnector": "walks vLLM's own list of free blocks",
 }
@@ -137,7 +138,7 @@ def _check_connector(name: str) -> None:
         return
     why = _REGISTERING.get(name, "it is not known to copy block by block")
     known = ", ".join(sorted(CONNECTORS))
-    raise _refuse(f"the KV connector {name}", why, f"use one of {known}")
+    raise _refuse(f"the KV connector {name}", why, f"use {known}")
 
 
 def check_backends(names: Iterable[str]) -> None:

@@ -66,10 +66,11 @@ def attach(scheduler: Any, native: Any, budget_blocks: Callable[[], int], waterm
     allocate, count = manager.allocate_slots, coordinator.get_num_blocks_to_allocate
     spare = tokens = 0
     patient = runs = True
+    admitting = False
 
     @functools.wraps(allocate)
     def allocate_slots(request: Any, num_new_tokens: int, *args: Any, **kwargs: Any) -> Any:
-        nonlocal spare, tokens, patient, runs
+        nonlocal spare, tokens, patient, runs, admitting
         spare = kwargs.get("reserved_blocks", 0) + manager.watermark_blocks
         runs = request.status == RequestStatus.RUNNING
         whole = kwargs.get("full_sequence_must_fit", False)
@@ -77,13 +78,19 @@ def attach(scheduler: Any, native: Any, budget_blocks: Callable[[], int], waterm
         tokens = 0 if runs else tokens  # a running request takes a block for its next token
         # Waiting is worth it where the alternative is to preempt, and costs nothing where nothing else runs.
         patient = runs or not scheduler.running
-        return allocate(request, num_new_tokens, *args, **kwargs)
+        admitting = True
+        try:
+            return allocate(request, num_new_tokens, *args, **kwargs)
+        finally:
+            admitting = False
 
     @functools.wraps(count)
     def get_num_blocks_to_allocate(*args: Any, **kwargs: Any) -> int:
-        # Called right before both of vLLM's checks of the number of free blocks, with the exact need.
+        # Called right before both of vLLM's checks of the number of free blocks, with the exact need. Mamba layers
+        # count below 0 where drafts were dropped, and above all blocks for "not in this step"; and vLLM also counts
+        # outside of an admission, to know a number.
         needed: int = count(*args, **kwargs)
-        if needed:
+        if admitting and 0 < needed <= pool.num_gpu_blocks:
             pool.ensure(needed + spare, patient=patient, growing=runs)
             if pool.starved and tokens:
                 pool.blocks_per_token = needed / tokens
