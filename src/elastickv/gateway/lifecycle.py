@@ -34,6 +34,9 @@ _logger = logging.getLogger("elastickv.gateway")
 _SLEEP_S: Final = 120.0
 """For the engine's own part of going to sleep: weights are copied to host memory, some GB a second."""
 
+_CANCEL_S: Final = 30.0
+"""For a revival to end that was cancelled, which it does at once."""
+
 _LOST_S: Final = 300.0
 _LOST_MOST: Final = 3
 """An engine that ends by itself more often within _LOST_S seconds is not started again at once."""
@@ -328,7 +331,7 @@ class Lifecycle:
             return
         for task in cut.values():
             task.cancel()
-        await asyncio.wait(cut.values())
+        await asyncio.wait(cut.values(), timeout=_CANCEL_S)
         lost = [replica for replica in self.replicas if replica.name in cut and not replica.ready]
         await asyncio.gather(*(replica.kill() for replica in lost), return_exceptions=True)
         await asyncio.gather(*(replica.end() for replica in lost), return_exceptions=True)

@@ -161,11 +161,7 @@ class ServedModel(Lifecycle):
         if task is not None and not task.done():
             task.cancel()
             await asyncio.wait({task})
-        revivals = list(self._revivals.values())
-        for revival in revivals:
-            revival.cancel()
-        if revivals:
-            await asyncio.wait(revivals)
+        await self._end_revivals()
         if drain_s <= 0:
             await asyncio.gather(*(replica.kill() for replica in self.replicas))
         if self.state is not State.STOPPED:
